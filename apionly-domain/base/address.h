@@ -1,0 +1,117 @@
+#pragma once
+
+#include <algorithm>
+#include <compare>
+#include <cstdint>
+#include <optional>
+
+#include "apionly-domain/base/check.h"
+
+namespace mvgpu {
+
+// Pages are the unit of pins, charges and cached translations: 4 KiB, as in VFIO.
+inline constexpr unsigned kPageShift = 12;
+inline constexpr uint64_t kPageSize = uint64_t{1} << kPageShift;
+inline constexpr uint64_t kPageMask = kPageSize - 1;
+
+constexpr uint64_t PagesIn(uint64_t bytes) { return bytes >> kPageShift; }
+constexpr uint64_t BytesIn(uint64_t pages) { return pages << kPageShift; }
+
+// A 64-bit address of one kind. Kinds do not convert into each other or into integers by
+// themselves.
+template <typename Kind>
+class Address {
+ public:
+  constexpr Address() = default;
+  explicit constexpr Address(uint64_t value) : value_(value) {}
+
+  constexpr uint64_t value() const { return value_; }
+  constexpr uint64_t page() const { return value_ >> kPageShift; }
+  constexpr uint64_t offset_in_page() const { return value_ & kPageMask; }
+  constexpr bool is_page_aligned() const { return offset_in_page() == 0; }
+
+  // Wraps like the integer does: only for offsets that were checked against a Range before.
+  constexpr Address operator+(uint64_t offset) const { return Address(value_ + offset); }
+  constexpr uint64_t operator-(Address other) const { return value_ - other.value_; }
+  constexpr auto operator<=>(const Address&) const = default;
+
+  template <typename H>
+  friend H AbslHashValue(H h, const Address& a) {
+    return H::combine(std::move(h), a.value_);
+  }
+
+ private:
+  uint64_t value_ = 0;
+};
+
+using Iova = Address<struct IovaKind>;  // what the device puts on the bus; the VMM maps it
+using GuestPhys = Address<struct GuestPhysKind>;
+using DmaAddr = Address<struct DmaAddrKind>;  // what dma_map_page returned, the device's own view
+
+// A non-empty half-open range [start, start + size) that never wraps. It may end at 2^64, so that
+// the last byte of the address space is usable; therefore last() is inclusive and there is no
+// end().
+template <typename A>
+class Range {
+ public:
+  // nullopt when size is 0 or start + size - 1 wraps.
+  static constexpr std::optional<Range> FromStartAndSize(A start, uint64_t size) {
+    if (size == 0 || start.value() + (size - 1) < start.value()) return std::nullopt;
+    return Range(start, size);
+  }
+  // REQUIRES: first <= last, and not the whole of the 2^64 addresses.
+  static constexpr Range FromFirstAndLast(A first, A last) {
+    MVGPU_DCHECK(first <= last);
+    return Range(first, last - first + 1);
+  }
+
+  constexpr A start() const { return start_; }
+  constexpr A last() const { return start_ + (size_ - 1); }
+  constexpr uint64_t size() const { return size_; }
+  constexpr bool is_page_aligned() const {
+    return start_.is_page_aligned() && (size_ & kPageMask) == 0;
+  }
+
+  constexpr bool contains(A address) const { return address >= start_ && address <= last(); }
+  constexpr bool contains(const Range& r) const { return contains(r.start_) && contains(r.last()); }
+  constexpr bool overlaps(const Range& r) const { return start_ <= r.last() && r.start_ <= last(); }
+  constexpr std::optional<Range> intersection(const Range& r) const {
+    if (!overlaps(r)) return std::nullopt;
+    return FromFirstAndLast(std::max(start_, r.start_), std::min(last(), r.last()));
+  }
+  // The smallest range of whole pages around this one.
+  constexpr Range page_expanded() const {
+    return FromFirstAndLast(A(start_.value() & ~kPageMask), A(last().value() | kPageMask));
+  }
+  constexpr bool operator==(const Range&) const = default;
+
+ private:
+  constexpr Range(A start, uint64_t size) : start_(start), size_(size) {}
+  A start_;
+  uint64_t size_ = 0;
+};
+
+using IovaRange = Range<Iova>;
+
+// `count` pages from page number `first` on, within a file or an address space. May be empty.
+struct PageRun {
+  uint64_t first = 0;
+  uint64_t count = 0;
+
+  constexpr uint64_t end() const { return first + count; }
+  constexpr bool operator==(const PageRun&) const = default;
+};
+
+// Checked sums of guest-controlled values: nullopt on overflow, never a wrapped result.
+constexpr std::optional<uint64_t> CheckedAdd(uint64_t a, uint64_t b) {
+  uint64_t sum = 0;
+  if (__builtin_add_overflow(a, b, &sum)) return std::nullopt;
+  return sum;
+}
+constexpr std::optional<uint64_t> CheckedMul(uint64_t a, uint64_t b) {
+  uint64_t product = 0;
+  if (__builtin_mul_overflow(a, b, &product)) return std::nullopt;
+  return product;
+}
+
+}  // namespace mvgpu

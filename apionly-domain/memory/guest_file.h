@@ -1,0 +1,83 @@
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "apionly-domain/base/address.h"
+#include "apionly-domain/base/error.h"
+#include "apionly-domain/base/unique_fd.h"
+
+namespace mvgpu::domain {
+
+// A page's identity is its backing: this file, and the index of the page within it. The same page
+// may be seen at several IOVAs, through several containers and in several processes.
+struct FileIdentity {
+  uint64_t device = 0;
+  uint64_t inode = 0;
+
+  bool operator==(const FileIdentity&) const = default;
+  template <typename H>
+  friend H AbslHashValue(H h, const FileIdentity& id) {
+    return H::combine(std::move(h), id.device, id.inode);
+  }
+};
+
+// One file of guest RAM, mapped once as a whole. The only class that touches guest memory.
+//
+// The VMM owns the file and may be hostile: unless it was sealed (F_SEAL_SHRINK) it can be
+// truncated at any time, and touching a page that has gone raises SIGBUS. All copies here are
+// fault-guarded: they return kTruncated instead, and only the guest concerned is affected. No
+// pointer into guest memory is ever dereferenced outside this class; host_address() exists for
+// mappers and pin back ends, which hand it on to the kernel or to a GPU driver.
+//
+// Thread-safe: immutable after creation.
+class GuestFile {
+ public:
+  // Takes the descriptor, maps the whole file shared. Errors: kInvalid (not a regular file, empty),
+  // kSystem.
+  static Result<std::unique_ptr<GuestFile>> Create(UniqueFd fd);
+  ~GuestFile();
+  GuestFile(const GuestFile&) = delete;
+  GuestFile& operator=(const GuestFile&) = delete;
+
+  // Identity without mapping anything. Errors: kSystem when fstat fails, kInvalid when not a
+  // regular file.
+  static Result<FileIdentity> IdentityOf(int fd);
+
+  const FileIdentity& identity() const { return identity_; }
+  uint64_t size() const { return size_; }  // bytes that are mapped, whole blocks
+  uint64_t pages() const { return PagesIn(size_); }
+  uint64_t block_size() const { return block_size_; }  // 4096, or the huge page size on hugetlbfs
+  bool is_writable() const { return writable_; }
+  bool is_sealed_against_shrinking() const { return sealed_; }
+  int fd() const { return fd_.get(); }
+
+  // Copies out of and into guest memory. `offset` is in bytes of the file.
+  // Errors: kInvalid (beyond the mapped size), kTruncated, kPermission (write to a read-only file).
+  Result<void> read(uint64_t offset, std::span<std::byte> destination) const;
+  Result<void> write(uint64_t offset, std::span<const std::byte> source);
+
+  // The address of a byte of the file in this process, for mlock, io_uring, Vulkan imports; not to
+  // be dereferenced. REQUIRES: offset < size().
+  std::byte* host_address(uint64_t offset) const { return base_ + offset; }
+
+ private:
+  GuestFile(UniqueFd fd, FileIdentity identity, std::byte* base, uint64_t size, uint64_t block_size,
+            bool writable, bool sealed);
+  Result<void> CheckBounds(uint64_t offset, uint64_t length) const;
+  Error TruncatedError(uint64_t offset) const;
+
+  const UniqueFd fd_;
+  const FileIdentity identity_;
+  std::byte* const base_;
+  const uint64_t size_;
+  const uint64_t block_size_;
+  const bool writable_;
+  const bool sealed_;
+};
+
+}  // namespace mvgpu::domain

@@ -1,0 +1,40 @@
+# Compiler settings and the two helpers that every folder uses.
+
+add_library(mvgpu_build_flags INTERFACE)
+target_include_directories(mvgpu_build_flags INTERFACE ${PROJECT_SOURCE_DIR})
+target_compile_options(mvgpu_build_flags INTERFACE
+  -Wall -Wextra -Wconversion -Wshadow -fno-rtti -fno-strict-aliasing -fvisibility=hidden
+  $<$<CXX_COMPILER_ID:Clang>:-Wthread-safety>
+  $<$<BOOL:${MVGPU_WERROR}>:-Werror>)
+if(CMAKE_BUILD_TYPE STREQUAL "Debug" OR MVGPU_DCHECKS)
+  target_compile_definitions(mvgpu_build_flags INTERFACE MVGPU_DCHECKS=1)
+endif()
+if(MVGPU_SANITIZE)
+  target_compile_options(mvgpu_build_flags INTERFACE
+    -fsanitize=${MVGPU_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -O1)
+  target_link_options(mvgpu_build_flags INTERFACE -fsanitize=${MVGPU_SANITIZE})
+endif()
+
+# mvgpu_library(FOLDER SOURCES a.cc ... DEPS targets ...)
+# The library of one folder: target mvgpu_<folder>, alias mvgpu::<folder> (dashes become underscores).
+function(mvgpu_library folder)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS" ${ARGN})
+  string(REPLACE "-" "_" name ${folder})
+  add_library(mvgpu_${name} STATIC ${ARG_SOURCES})
+  add_library(mvgpu::${name} ALIAS mvgpu_${name})
+  target_link_libraries(mvgpu_${name} PUBLIC mvgpu_build_flags ${ARG_DEPS})
+endfunction()
+
+# mvgpu_test(NAME SOURCES a_test.cc ... DEPS targets ... [LABELS unit ...])
+# One GoogleTest binary; every test in it becomes a ctest entry with the labels.
+function(mvgpu_test name)
+  cmake_parse_arguments(ARG "" "" "SOURCES;DEPS;LABELS" ${ARGN})
+  if(NOT ARG_LABELS)
+    set(ARG_LABELS unit)
+  endif()
+  add_executable(${name} ${ARG_SOURCES})
+  target_link_libraries(${name} PRIVATE mvgpu_build_flags ${ARG_DEPS} GTest::gmock GTest::gtest_main)
+  set_target_properties(${name} PROPERTIES RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/tests)
+  gtest_discover_tests(${name} TEST_PREFIX ${name}: PROPERTIES LABELS "${ARG_LABELS}" TIMEOUT 120
+                       DISCOVERY_TIMEOUT 60)
+endfunction()
