@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Builds CACHE/guest/VERSION/initramfs.gz from the parts that fetch.sh made and tests/vm/init.
+#
+#   tests/vm/build_initramfs.sh VERSION            build if an input has changed
+#   tests/vm/build_initramfs.sh --check VERSION    exit 1 if it would build
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cache=${MVGPU_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mvgpu}
+wanted_modules=(virtio_pci virtio_gpu)
+programs=(modetest proptest vbltest)
+PATH=$PATH:/usr/sbin:/sbin
+
+die() { printf 'build_initramfs: error: %s\n' "$*" >&2; exit 1; }
+
+inputs_hash() {
+  cat "$here/init" "${BASH_SOURCE[0]}" "$kernel/.done" "$userland/.done" 2>/dev/null | sha256sum | cut -d' ' -f1
+}
+
+is_current() { [[ -f $guest/initramfs.gz && -f $guest/stamp && $(<"$guest/stamp") == "$(inputs_hash)" ]]; }
+
+# Copies the wanted modules and their dependencies, unpacked, and lists them in load order.
+add_modules() {
+  local tree=$1 release=$2 path name
+  for module in "${wanted_modules[@]}"; do
+    modprobe --show-depends -S "$release" -d "$kernel" "$module"
+  done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' >"$tree/paths"
+  [[ -s $tree/paths ]] || die "kernel $release: no module files for ${wanted_modules[*]} in $kernel"
+  while read -r path; do
+    name=$(basename "$path")
+    case $name in
+      *.xz) xz -dc "$path" >"$tree/modules/${name%.xz}" ;;
+      *) cp "$path" "$tree/modules/$name" ;;
+    esac
+    echo "${name%.xz}" >>"$tree/modules/order"
+  done <"$tree/paths"
+  rm "$tree/paths"
+}
+
+# Copies the programs, the loader and the libraries that the loader names for them.
+add_programs() {
+  local tree=$1 multi=x86_64-linux-gnu program library
+  local loader=$userland/lib64/ld-linux-x86-64.so.2
+  [[ -e $loader ]] || loader=$userland/usr/lib64/ld-linux-x86-64.so.2
+  cp "$userland/bin/busybox" "$tree/bin/"
+  cp -L "$loader" "$tree/lib64/"
+  for program in "${programs[@]}"; do
+    cp "$userland/usr/bin/$program" "$tree/bin/"
+    "$loader" --library-path "$userland/usr/lib/$multi:$userland/lib/$multi" --list "$userland/usr/bin/$program" |
+      sed -n 's/.* => \(\/[^ ]*\) .*/\1/p'
+  done | sort -u | while read -r library; do cp -L "$library" "$tree/lib64/"; done
+  mkdir -p "$tree/usr/share"
+  cp -r "$userland/usr/share/libdrm" "$tree/usr/share/" 2>/dev/null || true
+}
+
+pack() {  # pack TREE FILE: the same tree gives the same bytes
+  find "$1" -exec touch -h -d @0 {} +
+  (cd "$1" && find . -print0 | LC_ALL=C sort -z | cpio --quiet --null -o -H newc -R 0:0 --reproducible) | gzip -n -6 >"$2"
+}
+
+build() {
+  local release temp start=$SECONDS
+  [[ -f $kernel/release && -f $userland/.done ]] || die "no kernel $version in $cache; run tests/vm/fetch.sh"
+  release=$(<"$kernel/release")
+  mkdir -p "$cache/guest"
+  temp=$(mktemp -d "$cache/tmp.guest.XXXXXX")
+  # shellcheck disable=SC2064  # $temp is a local: expand it now
+  trap "rm -rf '$temp'" EXIT
+  mkdir -p "$temp"/{tree/{bin,lib64,modules,proc,sys,dev,tmp},out}
+  add_modules "$temp/tree" "$release"
+  add_programs "$temp/tree"
+  install -m 755 "$here/init" "$temp/tree/init"
+  pack "$temp/tree" "$temp/out/initramfs.gz"
+  mkdir -p "$guest"
+  rm -f "$guest/stamp"
+  mv "$temp/out/initramfs.gz" "$guest/initramfs.gz"
+  inputs_hash >"$temp/out/stamp"
+  mv "$temp/out/stamp" "$guest/stamp"
+  printf 'build_initramfs: %s: %s, %s modules, %s KiB (%s s)\n' "$version" "$release" "$(wc -l <"$temp/tree/modules/order")" \
+    "$(($(stat -c %s "$guest/initramfs.gz") / 1024))" "$((SECONDS - start))" >&2
+}
+
+check=no
+if [[ ${1:-} == --check ]]; then check=yes; shift; fi
+[[ $# == 1 && $1 != -* ]] || { sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
+version=$1
+kernel=$cache/kernels/$version
+userland=$cache/userland
+guest=$cache/guest/$version
+
+if is_current; then exit 0; fi
+[[ $check == no ]] || exit 1
+build
