@@ -1,0 +1,205 @@
+#include "backend/audit/report.h"
+
+#include <fmt/format.h>
+
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <string_view>
+#include <utility>
+
+namespace mvgpu::backend {
+
+using domain::KernelCounters;
+using domain::LedgerSnapshot;
+using domain::Liveness;
+
+namespace {
+
+std::string_view StateName(Liveness liveness) {
+  switch (liveness) {
+    case Liveness::kAlive:
+      return "alive";
+    case Liveness::kDead:
+      return "dead";
+    case Liveness::kUnknown:
+      break;
+  }
+  return "unknown";
+}
+
+std::optional<double> PercentOfMapped(const LedgerSnapshot::Row& row) {
+  if (row.mapped_pages == 0) return std::nullopt;
+  return 100.0 * static_cast<double>(row.unique_pages) / static_cast<double>(row.mapped_pages);
+}
+
+std::string Shortened(std::string text, size_t width) {
+  if (text.size() > width) text.replace(width - 1, std::string::npos, "~");
+  return text;
+}
+
+using Out = std::back_insert_iterator<std::string>;
+
+void RenderRow(Out out, const LedgerSnapshot::Row& row) {
+  const auto percent = PercentOfMapped(row);
+  fmt::format_to(out, "  {:<15} {:<8} {:>7} {:<7} {:>10} {:>9} {:>6} {:>9} {:>9} {:>9}\n",
+                 Shortened(row.name, 15), Shortened(domain::DomainKindName(row.kind), 8),
+                 row.owner.pid, StateName(row.liveness), row.mapped_pages, row.pinned_pages,
+                 percent ? fmt::format("{:.2f}", *percent) : "-", row.unique_pages,
+                 row.charged_pages, row.locked_pages);
+}
+
+// Processes, not rows: the kernel does not know of domains.
+void RenderKernel(Out out, const AuditReport::Vm& vm) {
+  std::set<uint32_t> seen;
+  for (size_t i = 0; i < vm.ledger.rows.size(); ++i) {
+    const uint32_t pid = vm.ledger.rows[i].owner.pid;
+    if (!vm.kernel[i] || !seen.insert(pid).second) continue;
+    uint64_t locked = 0;
+    for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
+      if (row.owner == vm.ledger.rows[i].owner) locked += row.locked_pages;
+    }
+    fmt::format_to(
+        out, "  pid {}: kernel VmLck {} kB, VmPin {} kB; the ledger's locked pages are {} kB\n",
+        pid, vm.kernel[i]->vm_lck_kb, vm.kernel[i]->vm_pin_kb, BytesIn(locked) / 1024);
+  }
+  for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
+    fmt::format_to(out, "  {}: pinned by {} in granules of {} pages\n", Shortened(row.name, 15),
+                   row.pin_backend, row.granule_pages);
+  }
+}
+
+void RenderVm(Out out, const AuditReport::Vm& vm) {
+  fmt::format_to(out, "VM {}  ({})\n", vm.ledger.vm_uuid, vm.ledger.path);
+  fmt::format_to(out, "  {:<15} {:<8} {:>7} {:<7} {:>10} {:>9} {:>6} {:>9} {:>9} {:>9}\n", "DOMAIN",
+                 "KIND", "PID", "STATE", "MAPPED", "PINNED", "UNIQ%", "UNIQUE", "CHARGED",
+                 "LOCKED");
+  bool any_dead = false;
+  for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
+    RenderRow(out, row);
+    any_dead |= row.liveness == Liveness::kDead;
+  }
+  fmt::format_to(out, "  {:<68} {:>9} {:>9}\n", "total of the VM, every page once",
+                 vm.ledger.unique_pages, vm.ledger.charged_pages());
+  RenderKernel(out, vm);
+  if (vm.ledger.in_motion)
+    fmt::format_to(out, "  note: figures were in motion while they were read\n");
+  if (any_dead) {
+    fmt::format_to(out, "  note: rows of dead processes are dropped when the next domain joins\n");
+  }
+  for (const std::string& problem : vm.problems) fmt::format_to(out, "  warning: {}\n", problem);
+}
+
+Result<AuditReport::Vm> ReadVm(const domain::RuntimeDir& dir, const std::string& vm_uuid) {
+  AuditReport::Vm vm;
+  MVGPU_ASSIGN_OR_RETURN(vm.ledger, domain::ReadLedger(dir, vm_uuid));
+  for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
+    vm.kernel.push_back(row.liveness == Liveness::kAlive ? domain::KernelCountersOf(row.owner)
+                                                         : std::nullopt);
+  }
+  if (!vm.ledger.in_motion) vm.problems = domain::ProblemsOf(vm.ledger);
+  return vm;
+}
+
+nlohmann::json DomainJson(const LedgerSnapshot::Row& row,
+                          const std::optional<KernelCounters>& kernel) {
+  nlohmann::json json = {{"row", row.index},
+                         {"name", row.name},
+                         {"kind", domain::DomainKindName(row.kind)},
+                         {"pid", row.owner.pid},
+                         {"state", StateName(row.liveness)},
+                         {"pin_backend", row.pin_backend},
+                         {"granule_pages", row.granule_pages},
+                         {"mapped_pages", row.mapped_pages},
+                         {"pinned_pages", row.pinned_pages},
+                         {"unique_pages", row.unique_pages},
+                         {"charged_pages", row.charged_pages},
+                         {"locked_pages", row.locked_pages},
+                         {"percent_of_mapped", nullptr},
+                         {"kernel", nullptr}};
+  if (const auto percent = PercentOfMapped(row)) json["percent_of_mapped"] = *percent;
+  if (kernel) json["kernel"] = {{"vm_lck_kb", kernel->vm_lck_kb}, {"vm_pin_kb", kernel->vm_pin_kb}};
+  return json;
+}
+
+nlohmann::json VmJson(const AuditReport::Vm& vm) {
+  nlohmann::json domains = nlohmann::json::array();
+  for (size_t i = 0; i < vm.ledger.rows.size(); ++i) {
+    domains.push_back(DomainJson(vm.ledger.rows[i], vm.kernel[i]));
+  }
+  nlohmann::json files = nlohmann::json::array();
+  for (const LedgerSnapshot::File& file : vm.ledger.files) {
+    files.push_back({{"device", file.identity.device},
+                     {"inode", file.identity.inode},
+                     {"pages", file.pages},
+                     {"unique_pages", file.unique_pages}});
+  }
+  return {
+      {"vm", vm.ledger.vm_uuid},
+      {"ledger", vm.ledger.path},
+      {"consistent", vm.problems.empty()},
+      {"in_motion", vm.ledger.in_motion},
+      {"repairs", vm.ledger.repairs},
+      {"problems", vm.problems},
+      {"totals",
+       {{"unique_pages", vm.ledger.unique_pages}, {"charged_pages", vm.ledger.charged_pages()}}},
+      {"domains", std::move(domains)},
+      {"files", std::move(files)}};
+}
+
+}  // namespace
+
+Result<AuditReport> Audit(const std::string& runtime_dir,
+                          const std::optional<std::string>& vm_uuid) {
+  AuditReport report;
+  report.runtime_dir = runtime_dir;
+  auto dir = domain::RuntimeDir::OpenForReading(runtime_dir);
+  if (!dir && dir.error().sys_errno() == ENOENT) return report;
+  if (!dir) return tl::unexpected<Error>(std::move(dir).error());
+  std::vector<std::string> uuids;
+  if (vm_uuid) {
+    uuids.push_back(*vm_uuid);
+  } else {
+    MVGPU_ASSIGN_OR_RETURN(uuids, dir->ledgers());
+  }
+  for (const std::string& uuid : uuids) {
+    auto vm = ReadVm(*dir, uuid);
+    if (vm) {
+      report.vms.push_back(std::move(*vm));
+    } else if (vm.error().sys_errno() !=
+               ENOENT) {  // ENOENT: the VM has ended, or there never was one
+      report.unreadable.push_back({uuid, std::move(vm).error()});
+    }
+  }
+  return report;
+}
+
+std::string RenderText(const AuditReport& report) {
+  std::string text;
+  for (const AuditReport::Vm& vm : report.vms) {
+    if (!text.empty()) text += '\n';
+    RenderVm(std::back_inserter(text), vm);
+  }
+  if (report.vms.empty() && report.unreadable.empty()) {
+    text = fmt::format("no VM has a ledger in {}\n", report.runtime_dir);
+  }
+  return text;
+}
+
+nlohmann::json ToJson(const AuditReport& report) {
+  nlohmann::json vms = nlohmann::json::array();
+  for (const AuditReport::Vm& vm : report.vms) vms.push_back(VmJson(vm));
+  nlohmann::json errors = nlohmann::json::array();
+  for (const AuditReport::Unreadable& unreadable : report.unreadable) {
+    errors.push_back({{"vm", unreadable.vm_uuid},
+                      {"error",
+                       {{"code", ErrorCodeName(unreadable.error.code())},
+                        {"message", unreadable.error.message()}}}});
+  }
+  return {{"runtime_dir", report.runtime_dir},
+          {"page_size", kPageSize},
+          {"vms", std::move(vms)},
+          {"errors", std::move(errors)}};
+}
+
+}  // namespace mvgpu::backend

@@ -1,0 +1,273 @@
+// mvgpu-replay: runs a recorded session of a guest without a VMM, through the same code.
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <string>
+
+#include <nlohmann/json.hpp>
+
+#include "backend/replay/player.h"
+#include "backend/trace/embedded_trace.h"
+#include "backend/trace/trace_reader.h"
+
+namespace mvgpu::backend {
+namespace {
+
+using nlohmann::json;
+
+// Part of the contract; in --help.
+enum class ExitCode : int { kOk = 0, kDiffers = 1, kUsage = 2, kFailure = 3 };
+
+struct RunOptions {
+  std::string trace;  // empty: the built-in one
+  std::string screenshot;
+  std::string pages;
+  PinMode pin = PinMode::kNone;
+  DmaMode dma = DmaMode::kNone;
+  bool as_json = false;
+};
+
+Result<std::unique_ptr<TraceReader>> OpenTrace(const std::string& path) {
+  if (path.empty()) return TraceReader::FromBytes(EmbeddedTrace(), std::string(kEmbeddedTraceName));
+  return TraceReader::Open(path);
+}
+
+// One line that is drawn again and again; only on a terminal.
+class ProgressBar {
+ public:
+  explicit ProgressBar(const TraceReader* reader)
+      : reader_(*reader), is_shown_(isatty(STDERR_FILENO) != 0) {}
+  ~ProgressBar() {
+    if (is_shown_) fmt::print(stderr, "\r\033[K");
+  }
+  void draw() {
+    const auto percent =
+        static_cast<int>(reader_.bytes_read() * 100 / std::max<uint64_t>(1, reader_.bytes_total()));
+    if (!is_shown_ || percent == last_) return;
+    last_ = percent;
+    fmt::print(stderr, "\rreplaying [{:<40}] {:3}%",
+               std::string(static_cast<size_t>(percent) * 40 / 100, '#'), percent);
+  }
+
+ private:
+  const TraceReader& reader_;  // outlives this
+  const bool is_shown_;
+  int last_ = -1;
+};
+
+json ToJson(const std::string& name, const Player::Outcome& outcome, const Player& player) {
+  json hashes = json::array();
+  for (const uint64_t hash : outcome.frame_hashes) hashes.push_back(fmt::format("{:016x}", hash));
+  return {
+      {"trace", name},
+      {"ok", outcome.differences == 0 && outcome.all_released},
+      {"complete", outcome.is_complete},
+      {"records", outcome.records},
+      {"steps", outcome.steps},
+      {"seconds", static_cast<double>(outcome.duration_ns) / 1e9},
+      {"differences", outcome.differences},
+      {"described", outcome.described},
+      {"counters", json::parse(outcome.counters_json)},
+      {"frame_hashes", hashes},
+      {"pages_touched", player.pages().rows().size()},
+      {"all_released", outcome.all_released},
+  };
+}
+
+void PrintTable(const std::string& name, const Player::Outcome& outcome, const Player& player) {
+  const json counters = json::parse(outcome.counters_json);
+  const auto number = [&](const char* key) { return counters.value(key, uint64_t{0}); };
+  const auto row = [](std::string_view what, const std::string& value) {
+    fmt::print("  {:<34}{}\n", what, value);
+  };
+  fmt::print("{}\n", name);
+  row("recorded",
+      fmt::format("{:.1f} s, {} records{}", static_cast<double>(outcome.duration_ns) / 1e9,
+                  outcome.records, outcome.is_complete ? "" : ", cut short"));
+  row("commands (control, cursor, failed)",
+      fmt::format("{}, {}, {}", number("control_commands"), number("cursor_commands"),
+                  number("failed_commands")));
+  row("frames", fmt::format("{}, last picture {}", number("frames"),
+                            counters.value("final_picture", std::string())));
+  row("bytes copied from the guest", fmt::format("{}", number("transferred_bytes")));
+  row("guest pages touched", fmt::format("{}", player.pages().rows().size()));
+  row("pages pinned (first, at most)",
+      fmt::format("{} ({}, {})", number("pages_pinned"), number("pages_pinned_first"),
+                  number("peak_unique_pages")));
+  row("dma cache (hits, misses, revoked)",
+      fmt::format("{}, {}, {}", number("dma_hit_pages"), number("dma_miss_pages"),
+                  number("dma_revoked_pages")));
+  row("left behind", outcome.all_released ? "nothing" : "PINS OR MAPPINGS, see --json");
+  row("as recorded", outcome.differences == 0
+                         ? "yes: every answer, frame and count"
+                         : fmt::format("NO: {} differences", outcome.differences));
+  for (const std::string& line : outcome.described) fmt::print("    {}\n", line);
+}
+
+int Fail(ExitCode code, const std::string& message) {
+  fmt::print(stderr, "mvgpu-replay: {}\n", message);
+  return static_cast<int>(code);
+}
+
+int Run(const RunOptions& options) {
+  auto reader = OpenTrace(options.trace);
+  if (!reader) return Fail(ExitCode::kFailure, reader.error().message());
+  auto player = Player::Create(reader->get(), {options.pin, options.dma});
+  if (!player) return Fail(ExitCode::kFailure, player.error().message());
+  Result<Player::Outcome> outcome = [&] {
+    ProgressBar bar(reader->get());
+    return (*player)->play([&bar] { bar.draw(); });
+  }();
+  if (!outcome) return Fail(ExitCode::kFailure, outcome.error().message());
+  if (!options.screenshot.empty()) {
+    if (auto saved = (*player)->picture().save_png(options.screenshot); !saved) {
+      return Fail(ExitCode::kFailure, saved.error().message());
+    }
+  }
+  if (!options.pages.empty()) {
+    if (auto written = (*player)->pages().write_csv(options.pages); !written) {
+      return Fail(ExitCode::kFailure, written.error().message());
+    }
+  }
+  if (options.as_json) {
+    fmt::print("{}\n", ToJson((*reader)->name(), *outcome, **player).dump(2));
+  } else {
+    PrintTable((*reader)->name(), *outcome, **player);
+  }
+  return static_cast<int>(outcome->differences == 0 && outcome->all_released ? ExitCode::kOk
+                                                                             : ExitCode::kDiffers);
+}
+
+std::string_view RecordName(TraceType type) {
+  switch (type) {
+    case TraceType::kSession:
+      return "session";
+    case TraceType::kMap:
+      return "map";
+    case TraceType::kUnmap:
+      return "unmap";
+    case TraceType::kUnmapAll:
+      return "unmap_all";
+    case TraceType::kWrite:
+      return "register_write";
+    case TraceType::kRead:
+      return "register_read";
+    case TraceType::kIrqs:
+      return "irqs";
+    case TraceType::kReset:
+      return "reset";
+    case TraceType::kMemory:
+      return "guest_memory";
+    case TraceType::kStep:
+      return "step";
+    case TraceType::kRequest:
+      return "request";
+    case TraceType::kResponse:
+      return "response";
+    case TraceType::kFrame:
+      return "frame";
+    case TraceType::kSummary:
+      return "summary";
+  }
+  return "unknown";
+}
+
+// What is in a trace, without playing it.
+int Info(const std::string& path, bool as_json) {
+  auto reader = OpenTrace(path);
+  if (!reader) return Fail(ExitCode::kFailure, reader.error().message());
+  struct Tally {
+    uint64_t records = 0;
+    uint64_t bytes = 0;
+  };
+  std::map<TraceType, Tally> tallies;
+  json session;
+  json summary;
+  uint64_t duration_ns = 0;
+  while (true) {
+    auto record = (*reader)->next();
+    if (!record) return Fail(ExitCode::kFailure, record.error().message());
+    if (!*record) break;
+    ++tallies[(*record)->type].records;
+    tallies[(*record)->type].bytes += (*record)->payload.size();
+    duration_ns = (*record)->time_ns;
+    ByteReader payload((*record)->payload);
+    if ((*record)->type == TraceType::kSession)
+      session = json::parse(payload.rest_as_text(), nullptr, false);
+    if ((*record)->type == TraceType::kSummary)
+      summary = json::parse(payload.rest_as_text(), nullptr, false);
+  }
+  if (as_json) {
+    json records = json::object();
+    for (const auto& [type, tally] : tallies) {
+      records[std::string(RecordName(type))] = {{"records", tally.records}, {"bytes", tally.bytes}};
+    }
+    const json report = {{"trace", (*reader)->name()},
+                         {"file_bytes", (*reader)->bytes_total()},
+                         {"seconds", static_cast<double>(duration_ns) / 1e9},
+                         {"complete", !(*reader)->is_cut_short() && !summary.is_null()},
+                         {"session", session},
+                         {"summary", summary},
+                         {"records", records}};
+    fmt::print("{}\n", report.dump(2, ' ', false, json::error_handler_t::replace));
+    return 0;
+  }
+  fmt::print("{}: {} bytes, {:.1f} s{}\n", (*reader)->name(), (*reader)->bytes_total(),
+             static_cast<double>(duration_ns) / 1e9, summary.is_null() ? ", cut short" : "");
+  fmt::print("  {:<16}{:>10}{:>14}\n", "record", "count", "bytes");
+  for (const auto& [type, tally] : tallies) {
+    fmt::print("  {:<16}{:>10}{:>14}\n", RecordName(type), tally.records, tally.bytes);
+  }
+  return 0;
+}
+
+int Main(int argc, char** argv) {
+  CLI::App app("Runs recorded guest GPU sessions without a VMM.", "mvgpu-replay");
+  app.set_version_flag("--version", MVGPU_VERSION);
+  app.require_subcommand(1);
+  app.footer(
+      "Exit codes: 0 as recorded, 1 something differs or was left behind, 2 command line, 3 the "
+      "trace "
+      "cannot be read or a file cannot be written.");
+
+  RunOptions run_options;
+  CLI::App* run =
+      app.add_subcommand("run", "Replay a trace and compare what comes out with what was recorded");
+  run->add_option("TRACE", run_options.trace, "Trace file (default: the built-in one)");
+  run->add_flag("--json", run_options.as_json, "Print the report as one JSON object");
+  run->add_option("--screenshot", run_options.screenshot, "Write the last picture as PNG");
+  run->add_option("--pages", run_options.pages, "Write what happened to each guest page as CSV");
+  const std::map<std::string, PinMode> pins = {{"mlock", PinMode::kMlock},
+                                               {"none", PinMode::kNone}};
+  run->add_option("--pin", run_options.pin, "How pages are held: mlock, none")
+      ->transform(CLI::CheckedTransformer(pins).description(""))
+      ->default_str("none");
+  const std::map<std::string, DmaMode> mappers = {{"none", DmaMode::kNone}};
+  run->add_option("--dma", run_options.dma, "The mapper: none")
+      ->transform(CLI::CheckedTransformer(mappers).description(""))
+      ->default_str("none");
+
+  std::string info_trace;
+  bool info_json = false;
+  CLI::App* info = app.add_subcommand("info", "Say what is in a trace");
+  info->add_option("TRACE", info_trace, "Trace file (default: the built-in one)");
+  info->add_flag("--json", info_json, "Print the report as one JSON object");
+
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
+    return Fail(ExitCode::kUsage, fmt::format("{}; see --help", error.what()));
+  }
+  return run->parsed() ? Run(run_options) : Info(info_trace, info_json);
+}
+
+}  // namespace
+}  // namespace mvgpu::backend
+
+int main(int argc, char** argv) { return mvgpu::backend::Main(argc, argv); }

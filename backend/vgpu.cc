@@ -1,0 +1,230 @@
+#include "backend/vgpu.h"
+
+#include <fmt/format.h>
+#include <sys/stat.h>
+
+#include <utility>
+
+#include <nlohmann/json.hpp>
+
+#include "backend/observed_gpu.h"
+#include "gpu-model/display/frame_hash.h"
+
+namespace mvgpu::backend {
+
+namespace {
+
+using nlohmann::json;
+
+std::vector<gpu::Display*> DisplaysFor(gpu::Display* screenshot, gpu::Display* reporter,
+                                       const SessionObserver* observer) {
+  // Hashing a picture costs as much as copying it: only when somebody wants to know.
+  if (observer == nullptr) return {screenshot};
+  return {screenshot, reporter};
+}
+
+SessionObserver::Backing BackingOf(const domain::Container::MapRequest& request) {
+  if (!request.fd.is_valid()) return {};
+  struct stat status = {};
+  const auto identity = domain::GuestFile::IdentityOf(request.fd.get());
+  if (!identity || fstat(request.fd.get(), &status) != 0) return {};
+  return {*identity, request.file_offset, static_cast<uint64_t>(status.st_size), true};
+}
+
+}  // namespace
+
+bool Vgpu::Counters::all_released() const {
+  return container.mappings == 0 && domain.mapped_pages == 0 && domain.pinned_pages == 0 &&
+         domain.unique_pages == 0 && domain.charged_pages == 0 && domain.locked_pages == 0 &&
+         cache.cached_pages == 0 && gpu.resources == 0 && gpu.attached_entries == 0 &&
+         gpu.host_bytes == 0;
+}
+
+void Vgpu::FrameReporter::on_frame(uint32_t scanout, const gpu::FrameView& frame,
+                                   const gpu::Rect&) {
+  observer_->on_frame(scanout, frame.size, gpu::FrameHash(frame));
+}
+
+Vgpu::Parts Vgpu::MakeParts(const VgpuConfig& config) {
+  Parts parts;
+  switch (config.pin) {
+    case PinMode::kNone:
+      parts.pin_backend = domain::MakeNonePinBackend();
+      break;
+    case PinMode::kMlock:
+      parts.pin_backend = domain::MakeMlockPinBackend();
+      break;
+  }
+  switch (config.dma) {
+    case DmaMode::kNone:
+      parts.mapper = dma::MakeNoneMapper();
+      break;
+  }
+  return parts;
+}
+
+Result<std::unique_ptr<Vgpu>> Vgpu::Create(VgpuConfig config, Parts parts,
+                                           SessionObserver* observer, Owner* owner) {
+  std::unique_ptr<Vgpu> vgpu(new Vgpu(std::move(config), std::move(parts), observer, owner));
+  MVGPU_RETURN_IF_ERROR(vgpu->Assemble());
+  return vgpu;
+}
+
+Vgpu::Vgpu(VgpuConfig config, Parts parts, SessionObserver* observer, Owner* owner)
+    : config_(std::move(config)),
+      observer_(observer),
+      owner_(owner),
+      pin_backend_(std::move(parts.pin_backend)),
+      mapper_(std::move(parts.mapper)),
+      frame_reporter_(observer),
+      displays_(DisplaysFor(&screenshot_, &frame_reporter_, observer)) {}
+
+Result<void> Vgpu::Assemble() {
+  if (!config_.vm_uuid.empty()) {
+    MVGPU_ASSIGN_OR_RETURN(ledger_, domain::Ledger::Open({config_.runtime_dir, config_.vm_uuid}));
+  }
+  MVGPU_ASSIGN_OR_RETURN(
+      domain_, domain::ApiOnlyDomain::Create({config_.name, PagesIn(config_.pin_limit_bytes)},
+                                             std::move(pin_backend_), ledger_.get(), observer_));
+  MVGPU_RETURN_IF_ERROR(container_.attach(domain_.get()));
+  cache_ = std::make_unique<dma::DmaCache>(domain_.get(), mapper_.get());
+  MutexLock lock(mutex_);
+  auto device = glue::VirtioGpuPci::Create(
+      [this](gpu::GpuDevice::Owner* gpu_owner) { return MakeGpu(gpu_owner); }, domain_.get(),
+      &container_, this);
+  if (!device) return tl::unexpected<Error>(std::move(device).error());
+  device_ = std::move(*device);
+  return {};
+}
+
+Result<std::unique_ptr<gpu::GpuDevice>> Vgpu::MakeGpu(gpu::GpuDevice::Owner* gpu_owner) {
+  MVGPU_ASSIGN_OR_RETURN(auto gpu,
+                         gpu::GpuDevice::Create(config_.gpu, cache_.get(), &displays_, gpu_owner));
+  return observer_ == nullptr ? std::move(gpu) : ObserveGpu(std::move(gpu), observer_);
+}
+
+Vgpu::~Vgpu() {
+  device_.reset();
+  if (domain_ != nullptr) MVGPU_CHECK(container_.detach(domain_.get()).has_value());
+}
+
+bool Vgpu::step(uint16_t queue) {
+  MutexLock lock(mutex_);
+  const bool did = device_->process_one(queue);
+  if (observer_ != nullptr) observer_->on_step(queue);
+  return did;
+}
+
+Vgpu::Counters Vgpu::counters() const {
+  MutexLock lock(mutex_);
+  return {container_.totals(), domain_->counters(), cache_->counters(), device_->gpu().counters()};
+}
+
+std::string Vgpu::session_json() const {
+  const Counters now = counters();
+  const json object = {
+      {"pin_calls", now.domain.pin_calls},
+      {"pages_pinned", now.domain.pages_pinned},
+      {"pages_pinned_first", now.domain.pages_locked_first},
+      {"peak_unique_pages", now.domain.peak_unique_pages},
+      {"revocations", now.domain.revocations},
+      {"dma_map_calls", now.cache.map_calls},
+      {"dma_hit_pages", now.cache.hit_pages},
+      {"dma_miss_pages", now.cache.miss_pages},
+      {"dma_unmapped_pages", now.cache.unmapped_pages},
+      {"dma_revoked_pages", now.cache.revoked_pages},
+      {"control_commands", now.gpu.control_commands},
+      {"cursor_commands", now.gpu.cursor_commands},
+      {"failed_commands", now.gpu.failed_commands},
+      {"frames", now.gpu.frames},
+      {"transferred_bytes", now.gpu.transferred_bytes},
+      {"final_picture", fmt::format("{:016x}", screenshot_.hash(0).value_or(0))},
+  };
+  return object.dump();
+}
+
+glue::VfioDevice::RegionInfo Vgpu::region_info(uint32_t region) const {
+  MutexLock lock(mutex_);
+  return device_->vfio_device().region_info(region);
+}
+
+glue::VfioDevice::IrqInfo Vgpu::irq_info(uint32_t irq) const {
+  MutexLock lock(mutex_);
+  return device_->vfio_device().irq_info(irq);
+}
+
+void Vgpu::region_read(uint32_t region, uint64_t offset, std::span<std::byte> data) {
+  MutexLock lock(mutex_);
+  device_->vfio_device().region_read(region, offset, data);
+  if (observer_ != nullptr) observer_->on_region_read(region, offset, data);
+}
+
+void Vgpu::region_write(uint32_t region, uint64_t offset, std::span<const std::byte> data) {
+  MutexLock lock(mutex_);
+  if (observer_ != nullptr) observer_->on_region_write(region, offset, data);
+  device_->vfio_device().region_write(region, offset, data);
+}
+
+void Vgpu::bind_irqs(uint32_t irq, uint32_t start, std::vector<UniqueFd> eventfds) {
+  MutexLock lock(mutex_);
+  if (observer_ != nullptr) {
+    for (size_t i = 0; i < eventfds.size(); ++i) {
+      observer_->on_irqs(irq, eventfds[i].is_valid() ? TraceIrqOp::kBind : TraceIrqOp::kUnbind,
+                         start + static_cast<uint32_t>(i), 1);
+    }
+  }
+  device_->vfio_device().bind_irqs(irq, start, std::move(eventfds));
+}
+
+void Vgpu::disable_irqs(uint32_t irq) {
+  MutexLock lock(mutex_);
+  if (observer_ != nullptr) observer_->on_irqs(irq, TraceIrqOp::kDisable, 0, 0);
+  device_->vfio_device().disable_irqs(irq);
+}
+
+void Vgpu::trigger_irq(uint32_t irq, uint32_t vector) {
+  MutexLock lock(mutex_);
+  if (observer_ != nullptr) observer_->on_irqs(irq, TraceIrqOp::kTrigger, vector, 1);
+  device_->vfio_device().trigger_irq(irq, vector);
+}
+
+void Vgpu::set_irq_masked(uint32_t irq, uint32_t vector, bool masked) {
+  MutexLock lock(mutex_);
+  if (observer_ != nullptr) {
+    observer_->on_irqs(irq, masked ? TraceIrqOp::kMask : TraceIrqOp::kUnmask, vector, 1);
+  }
+  device_->vfio_device().set_irq_masked(irq, vector, masked);
+}
+
+void Vgpu::reset() {
+  MutexLock lock(mutex_);
+  if (observer_ != nullptr) observer_->on_reset();
+  device_->vfio_device().reset();
+}
+
+Result<void> Vgpu::dma_map(domain::Container::MapRequest request) {
+  const auto range = IovaRange::FromStartAndSize(request.iova, request.size);
+  const domain::Access access = request.access;
+  MutexLock lock(mutex_);
+  const SessionObserver::Backing backing =
+      observer_ != nullptr ? BackingOf(request) : SessionObserver::Backing{};
+  MVGPU_RETURN_IF_ERROR(device_->vfio_device().dma_map(std::move(request)));
+  if (observer_ != nullptr) observer_->on_map(*range, access, backing);
+  return {};
+}
+
+Result<uint64_t> Vgpu::dma_unmap(Iova start, uint64_t size) {
+  MutexLock lock(mutex_);
+  MVGPU_ASSIGN_OR_RETURN(const uint64_t bytes, device_->vfio_device().dma_unmap(start, size));
+  if (observer_ != nullptr) observer_->on_unmap(start, size);
+  return bytes;
+}
+
+Result<uint64_t> Vgpu::dma_unmap_all() {
+  MutexLock lock(mutex_);
+  MVGPU_ASSIGN_OR_RETURN(const uint64_t bytes, device_->vfio_device().dma_unmap_all());
+  if (observer_ != nullptr) observer_->on_unmap_all();
+  return bytes;
+}
+
+}  // namespace mvgpu::backend

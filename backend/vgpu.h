@@ -1,0 +1,134 @@
+#pragma once
+
+// One vGPU of one VM, put together: the VMM's side (glue::VfioDevice) at the top, guest memory at
+// the bottom.
+//
+//   registers, queues  VirtioGpuPci -> GpuDevice -> DmaCache -> ApiOnlyDomain -> PinBackend,
+//   LedgerRow DMA_MAP, UNMAP     Container ---------------------------------^
+//
+// Two threads meet here: the one that serves the VMM calls the VfioDevice methods, the device
+// thread calls step(). One lock makes each call and each step whole: a DMA_UNMAP never comes in the
+// middle of a request, and an observer sees one order of events, which a replay can follow. A step
+// is one request, a few milliseconds of copying at most, so that the VMM is answered in time.
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "apionly-domain/accounting/ledger.h"
+#include "apionly-domain/api_only_domain.h"
+#include "apionly-domain/base/mutex.h"
+#include "apionly-domain/container.h"
+#include "backend/session_observer.h"
+#include "backend/vgpu_config.h"
+#include "dma-cache/dma_cache.h"
+#include "gpu-model/display/display.h"
+#include "gpu-model/display/fan_out.h"
+#include "gpu-model/display/screenshot.h"
+#include "gpu-model/gpu_device.h"
+#include "vmm-glue/vfio_device.h"
+#include "vmm-glue/virtio/virtio_gpu_pci.h"
+
+namespace mvgpu::backend {
+
+// Thread-safe, see above. Lock order: this lock, then those of the parts.
+class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner {
+ public:
+  class Owner {
+   public:
+    virtual ~Owner() = default;
+    // Both are called with the lock held and must not call back.
+    // The guest rang a doorbell: step() has work.
+    virtual void on_doorbell(uint16_t queue) = 0;
+    // The guest broke the rules of a queue, which stands still until its driver resets the device.
+    virtual void on_queue_error(uint16_t queue, const Error& error) = 0;
+  };
+  // What the configuration leaves to the caller to make or to wrap.
+  struct Parts {
+    std::unique_ptr<domain::PinBackend> pin_backend;
+    std::unique_ptr<dma::Mapper> mapper;
+  };
+  struct Counters {
+    domain::Container::Totals container;
+    domain::ApiOnlyDomain::Counters domain;
+    dma::DmaCache::Counters cache;
+    gpu::GpuDevice::Counters gpu;
+
+    // Nothing of the guest's is held any more: no mapping, pin, lock, charge, cached page or
+    // resource.
+    bool all_released() const;
+  };
+
+  static Parts MakeParts(const VgpuConfig& config);
+  // `observer` may be null; it and `owner` outlive the vGPU. Errors: those of Ledger::Open(),
+  // ApiOnlyDomain::Create() and GpuDevice::Create().
+  static Result<std::unique_ptr<Vgpu>> Create(VgpuConfig config, Parts parts,
+                                              SessionObserver* observer, Owner* owner);
+  // REQUIRES: reset() and dma_unmap_all() came last.
+  ~Vgpu() override;
+
+  // Takes one request off the queue and answers it; false when there was none.
+  bool step(uint16_t queue);
+
+  Counters counters() const;
+  // What a replay of the same session must reproduce: a JSON object of counters and the hash of the
+  // last picture.
+  std::string session_json() const;
+  const gpu::Screenshot& picture() const { return screenshot_; }
+  const VgpuConfig& config() const { return config_; }
+
+  RegionInfo region_info(uint32_t region) const override;
+  IrqInfo irq_info(uint32_t irq) const override;
+  void region_read(uint32_t region, uint64_t offset, std::span<std::byte> data) override;
+  void region_write(uint32_t region, uint64_t offset, std::span<const std::byte> data) override;
+  void bind_irqs(uint32_t irq, uint32_t start, std::vector<UniqueFd> eventfds) override;
+  void disable_irqs(uint32_t irq) override;
+  void trigger_irq(uint32_t irq, uint32_t vector) override;
+  void set_irq_masked(uint32_t irq, uint32_t vector, bool masked) override;
+  void reset() override;
+  Result<void> dma_map(domain::Container::MapRequest request) override;
+  Result<uint64_t> dma_unmap(Iova start, uint64_t size) override;
+  Result<uint64_t> dma_unmap_all() override;
+
+ private:
+  Vgpu(VgpuConfig config, Parts parts, SessionObserver* observer, Owner* owner);
+  Result<void> Assemble();
+  Result<std::unique_ptr<gpu::GpuDevice>> MakeGpu(gpu::GpuDevice::Owner* gpu_owner);
+
+  void on_notify(uint16_t queue) override { owner_->on_doorbell(queue); }
+  void on_queue_error(uint16_t queue, const Error& error) override {
+    owner_->on_queue_error(queue, error);
+  }
+
+  // Tells the observer of every picture, by its hash.
+  class FrameReporter final : public gpu::Display {
+   public:
+    explicit FrameReporter(SessionObserver* observer) : observer_(observer) {}
+    void on_frame(uint32_t scanout, const gpu::FrameView& frame, const gpu::Rect& damage) override;
+    void on_disabled(uint32_t) override {}
+
+   private:
+    SessionObserver* const observer_;  // outlives the vGPU
+  };
+
+  const VgpuConfig config_;
+  SessionObserver* const observer_;  // these two outlive this, see Create()
+  Owner* const owner_;
+
+  mutable Mutex mutex_;
+  // In the order of their making: each uses those above it. Set once by Assemble().
+  std::unique_ptr<domain::Ledger> ledger_;
+  domain::Container container_;
+  std::unique_ptr<domain::PinBackend> pin_backend_;  // until the domain takes it
+  std::unique_ptr<domain::ApiOnlyDomain> domain_;
+  std::unique_ptr<dma::Mapper> mapper_;
+  std::unique_ptr<dma::DmaCache> cache_;
+  gpu::Screenshot screenshot_;
+  FrameReporter frame_reporter_;
+  gpu::FanOut displays_;
+  std::unique_ptr<glue::VirtioGpuPci> device_ ABSL_PT_GUARDED_BY(mutex_);
+};
+
+}  // namespace mvgpu::backend

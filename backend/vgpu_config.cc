@@ -1,0 +1,88 @@
+#include "backend/vgpu_config.h"
+
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+namespace mvgpu::backend {
+
+namespace {
+
+using nlohmann::json;
+
+// Reads an unsigned number of at most `largest` into `target`. Errors: kCorrupt.
+template <typename T>
+Result<void> ReadNumber(const json& object, const char* key, uint64_t largest, T& target) {
+  const auto it = object.find(key);
+  if (it == object.end() || !it->is_number_unsigned() || it->get<uint64_t>() > largest) {
+    return Fail(ErrorCode::kCorrupt,
+                fmt::format("session record: \"{}\" must be a number from 0 to {}", key, largest));
+  }
+  target = static_cast<T>(it->get<uint64_t>());
+  return {};
+}
+
+}  // namespace
+
+std::string_view PinModeName(PinMode mode) {
+  switch (mode) {
+    case PinMode::kNone:
+      return "none";
+    case PinMode::kMlock:
+      return "mlock";
+  }
+  return "";
+}
+
+std::string_view DmaModeName(DmaMode mode) {
+  switch (mode) {
+    case DmaMode::kNone:
+      return "none";
+  }
+  return "";
+}
+
+std::string VgpuConfig::to_json() const {
+  json object = {
+      {"program", "mvgpu-backend"},
+      {"name", name},
+      {"vm_uuid", vm_uuid},
+      {"pin", PinModeName(pin)},
+      {"pin_limit_bytes", pin_limit_bytes},
+      {"dma", DmaModeName(dma)},
+      {"scanouts", gpu.scanouts},
+      {"preferred_width", gpu.preferred_mode.width},
+      {"preferred_height", gpu.preferred_mode.height},
+      {"largest_width", gpu.largest_mode.width},
+      {"largest_height", gpu.largest_mode.height},
+      {"host_memory_limit", gpu.host_memory_limit},
+      {"max_resources", gpu.max_resources},
+      {"max_backing_entries", gpu.max_backing_entries},
+  };
+  return object.dump(-1, ' ', false, json::error_handler_t::replace);
+}
+
+Result<VgpuConfig> VgpuConfig::FromJson(std::string_view text) {
+  const json object = json::parse(text, nullptr, /*allow_exceptions=*/false);
+  if (!object.is_object()) return Fail(ErrorCode::kCorrupt, "session record is not a JSON object");
+  VgpuConfig config;
+  constexpr uint64_t kAny = UINT64_MAX;
+  constexpr uint64_t kWord = UINT32_MAX;
+  MVGPU_RETURN_IF_ERROR(ReadNumber(object, "pin_limit_bytes", kAny, config.pin_limit_bytes));
+  MVGPU_RETURN_IF_ERROR(ReadNumber(object, "scanouts", kWord, config.gpu.scanouts));
+  MVGPU_RETURN_IF_ERROR(
+      ReadNumber(object, "preferred_width", kWord, config.gpu.preferred_mode.width));
+  MVGPU_RETURN_IF_ERROR(
+      ReadNumber(object, "preferred_height", kWord, config.gpu.preferred_mode.height));
+  MVGPU_RETURN_IF_ERROR(ReadNumber(object, "largest_width", kWord, config.gpu.largest_mode.width));
+  MVGPU_RETURN_IF_ERROR(
+      ReadNumber(object, "largest_height", kWord, config.gpu.largest_mode.height));
+  MVGPU_RETURN_IF_ERROR(
+      ReadNumber(object, "host_memory_limit", kAny, config.gpu.host_memory_limit));
+  MVGPU_RETURN_IF_ERROR(ReadNumber(object, "max_resources", kWord, config.gpu.max_resources));
+  MVGPU_RETURN_IF_ERROR(
+      ReadNumber(object, "max_backing_entries", kWord, config.gpu.max_backing_entries));
+  return config;
+}
+
+}  // namespace mvgpu::backend

@@ -1,0 +1,35 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "apionly-domain/base/error.h"
+#include "gpu-model/gpu_device.h"
+
+namespace mvgpu::backend {
+
+enum class PinMode : uint8_t { kNone, kMlock };
+enum class DmaMode : uint8_t { kNone };
+
+// What a vGPU is made of. The part that its guest can notice travels with a trace (to_json), so
+// that a replay builds the same device; how pages are held and mapped is the choice of whoever runs
+// it.
+struct VgpuConfig {
+  std::string name = "vgpu0";  // of the domain, in accounts and messages
+  std::string vm_uuid;         // empty: no ledger
+  std::string runtime_dir;     // of ledgers; empty: the default
+  PinMode pin = PinMode::kMlock;
+  uint64_t pin_limit_bytes = UINT64_MAX;
+  DmaMode dma = DmaMode::kNone;
+  gpu::GpuConfig gpu;
+
+  std::string to_json() const;
+  // Errors: kCorrupt, naming the key.
+  static Result<VgpuConfig> FromJson(std::string_view json);
+};
+
+std::string_view PinModeName(PinMode mode);
+std::string_view DmaModeName(DmaMode mode);
+
+}  // namespace mvgpu::backend
