@@ -25,10 +25,14 @@ constexpr char kExitCodes[] =
     "  3  the VM that --vm names has no ledger\n"
     "  4  a ledger or the runtime directory could not be read; the others were shown";
 
-constexpr char kShowHelp[] =
-    "Show the accounts of every VM: per domain the pages that are mapped, pinned (a page\n"
-    "pinned twice counts twice), unique (by backing page, and of mapped in percent), charged and\n"
-    "locked (what the kernel was asked to hold), and beside them what the kernel counts";
+constexpr char kColumns[] =
+    "Pages of 4096 bytes, per domain:\n"
+    "  MAPPED   in the container, with a file behind\n"
+    "  PINNED   sum over all pins: a page pinned twice counts twice\n"
+    "  UNIQUE   held, every page of a file once; UNIQ% is its share of MAPPED\n"
+    "  CHARGED  of these, paid for by this domain: over all domains of the VM every page once\n"
+    "  LOCKED   what the kernel was asked to hold, whole granules\n"
+    "Below them what the kernel counts for the whole process (VmLck, VmPin).\n\n";
 
 struct ShowOptions {
   std::string vm;
@@ -71,13 +75,13 @@ int Show(const ShowOptions& options) {
 }
 
 int Main(int argc, char** argv) {
-  CLI::App app("mvgpu-audit: who pins which pages of a VM, and who is charged for them");
+  CLI::App app("Says who pins which pages of a VM and who is charged for them", "mvgpu-audit");
   app.set_version_flag("--version", std::string("mvgpu-audit " MVGPU_VERSION));
   app.footer(kExitCodes);
   app.require_subcommand(1);
   ShowOptions options;
-  CLI::App* show = app.add_subcommand("show", kShowHelp);
-  show->footer(kExitCodes);
+  CLI::App* show = app.add_subcommand("show", "Show the accounts of every VM");
+  show->footer(std::string(kColumns) + kExitCodes);
   show->add_option("--vm", options.vm, "only this VM")->type_name("UUID");
   show->add_option("--runtime-dir", options.runtime_dir,
                    "where the ledgers are; by default /run/mvgpu for root, $XDG_RUNTIME_DIR/mvgpu "

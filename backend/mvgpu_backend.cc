@@ -46,10 +46,18 @@ class Door {
                              glue::vfio_user::Listener::Create(options.socket_path));
       return door;
     }
-    int is_listening = 0;
-    socklen_t size = sizeof(is_listening);
-    if (getsockopt(options.socket_fd, SOL_SOCKET, SO_ACCEPTCONN, &is_listening, &size) != 0) {
-      return FailSystem(errno, fmt::format("--fd={} is not a socket", options.socket_fd));
+    const auto option = [&options](int name) {
+      int value = -1;
+      socklen_t size = sizeof(value);
+      return getsockopt(options.socket_fd, SOL_SOCKET, name, &value, &size) == 0 ? value : -1;
+    };
+    const int is_listening = option(SO_ACCEPTCONN);
+    if (is_listening < 0) {
+      return FailSystem(errno, fmt::format("descriptor {} is not a socket", options.socket_fd));
+    }
+    if (option(SO_DOMAIN) != AF_UNIX || option(SO_TYPE) != SOCK_STREAM) {
+      return Fail(ErrorCode::kInvalid, fmt::format("descriptor {} is not a unix stream socket",
+                                                   options.socket_fd));
     }
     (is_listening != 0 ? door.passed_listener_ : door.connection_).reset(options.socket_fd);
     return door;

@@ -13,6 +13,7 @@
 
 #include "backend/replay/player.h"
 #include "backend/trace/embedded_trace.h"
+#include "backend/trace/trace_json.h"
 #include "backend/trace/trace_reader.h"
 
 namespace mvgpu::backend {
@@ -59,6 +60,11 @@ class ProgressBar {
   const bool is_shown_;
   int last_ = -1;
 };
+
+// File names need not be UTF-8.
+std::string Dump(const json& report) {
+  return report.dump(2, ' ', false, json::error_handler_t::replace);
+}
 
 json ToJson(const std::string& name, const Player::Outcome& outcome, const Player& player) {
   json hashes = json::array();
@@ -133,9 +139,13 @@ int Run(const RunOptions& options) {
     if (auto written = (*player)->pages().write_csv(options.pages); !written) {
       return Fail(ExitCode::kFailure, written.error().message());
     }
+    if (!(*player)->pages().is_complete()) {
+      fmt::print(stderr, "mvgpu-replay: {} has the first {} pages only\n", options.pages,
+                 PageAccount::kMaxRows);
+    }
   }
   if (options.as_json) {
-    fmt::print("{}\n", ToJson((*reader)->name(), *outcome, **player).dump(2));
+    fmt::print("{}\n", Dump(ToJson((*reader)->name(), *outcome, **player)));
   } else {
     PrintTable((*reader)->name(), *outcome, **player);
   }
@@ -198,9 +208,9 @@ int Info(const std::string& path, bool as_json) {
     duration_ns = (*record)->time_ns;
     ByteReader payload((*record)->payload);
     if ((*record)->type == TraceType::kSession)
-      session = json::parse(payload.rest_as_text(), nullptr, false);
+      session = ParseTraceJson(payload.rest_as_text()).value_or(json());
     if ((*record)->type == TraceType::kSummary)
-      summary = json::parse(payload.rest_as_text(), nullptr, false);
+      summary = ParseTraceJson(payload.rest_as_text()).value_or(json());
   }
   if (as_json) {
     json records = json::object();
@@ -214,7 +224,7 @@ int Info(const std::string& path, bool as_json) {
                          {"session", session},
                          {"summary", summary},
                          {"records", records}};
-    fmt::print("{}\n", report.dump(2, ' ', false, json::error_handler_t::replace));
+    fmt::print("{}\n", Dump(report));
     return 0;
   }
   fmt::print("{}: {} bytes, {:.1f} s{}\n", (*reader)->name(), (*reader)->bytes_total(),

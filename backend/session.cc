@@ -92,4 +92,8 @@ void Session::on_queue_error(uint16_t queue, const Error& error) {
                         options_.vgpu.name, queue, error.message()));
 }
 
+void Session::on_refused(const Error& error) {
+  log_.warn(fmt::format("{}: a guest command was refused: {}", options_.vgpu.name, error.message()));
+}
+
 }  // namespace mvgpu::backend

@@ -98,8 +98,9 @@ Result<void> Vgpu::Assemble() {
 }
 
 Result<std::unique_ptr<gpu::GpuDevice>> Vgpu::MakeGpu(gpu::GpuDevice::Owner* gpu_owner) {
-  MVGPU_ASSIGN_OR_RETURN(auto gpu,
-                         gpu::GpuDevice::Create(config_.gpu, cache_.get(), &displays_, gpu_owner));
+  gpu_owner_ = std::make_unique<GpuOwner>(gpu_owner, owner_);
+  MVGPU_ASSIGN_OR_RETURN(
+      auto gpu, gpu::GpuDevice::Create(config_.gpu, cache_.get(), &displays_, gpu_owner_.get()));
   return observer_ == nullptr ? std::move(gpu) : ObserveGpu(std::move(gpu), observer_);
 }
 

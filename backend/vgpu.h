@@ -44,6 +44,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     virtual void on_doorbell(uint16_t queue) = 0;
     // The guest broke the rules of a queue, which stands still until its driver resets the device.
     virtual void on_queue_error(uint16_t queue, const Error& error) = 0;
+    // A command was refused because its pages could not be pinned, mapped or read, or memory ran out.
+    virtual void on_refused(const Error& error) = 0;
   };
   // What the configuration leaves to the caller to make or to wrap.
   struct Parts {
@@ -113,6 +115,18 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     SessionObserver* const observer_;  // outlives the vGPU
   };
 
+  // Stands between the GPU and the transport, which has no use for reasons.
+  class GpuOwner final : public gpu::GpuDevice::Owner {
+   public:
+    GpuOwner(gpu::GpuDevice::Owner* transport, Vgpu::Owner* owner) : transport_(transport), owner_(owner) {}
+    void on_display_event() override { transport_->on_display_event(); }
+    void on_refused(const Error& why) override { owner_->on_refused(why); }
+
+   private:
+    gpu::GpuDevice::Owner* const transport_;  // owns the GPU
+    Vgpu::Owner* const owner_;                // outlives the vGPU
+  };
+
   const VgpuConfig config_;
   SessionObserver* const observer_;  // these two outlive this, see Create()
   Owner* const owner_;
@@ -128,6 +142,7 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   gpu::Screenshot screenshot_;
   FrameReporter frame_reporter_;
   gpu::FanOut displays_;
+  std::unique_ptr<GpuOwner> gpu_owner_;
   std::unique_ptr<glue::VirtioGpuPci> device_ ABSL_PT_GUARDED_BY(mutex_);
 };
 

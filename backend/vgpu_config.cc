@@ -4,6 +4,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "backend/trace/trace_json.h"
+
 namespace mvgpu::backend {
 
 namespace {
@@ -63,8 +65,9 @@ std::string VgpuConfig::to_json() const {
 }
 
 Result<VgpuConfig> VgpuConfig::FromJson(std::string_view text) {
-  const json object = json::parse(text, nullptr, /*allow_exceptions=*/false);
-  if (!object.is_object()) return Fail(ErrorCode::kCorrupt, "session record is not a JSON object");
+  const auto parsed = ParseTraceJson(text);
+  if (!parsed) return Fail(ErrorCode::kCorrupt, "session record is not a flat JSON object");
+  const json& object = *parsed;
   VgpuConfig config;
   constexpr uint64_t kAny = UINT64_MAX;
   constexpr uint64_t kWord = UINT32_MAX;

@@ -75,6 +75,8 @@ class GpuDevice2d final : public GpuDevice {
   bool UpdateCursor(Request request);
   void DisableScanout(uint32_t index);
 
+  // What the guest is told about an error that is not in its request; the owner hears the whole.
+  wire::Response Refuse(const Error& error);
   Resource* FindResource(uint32_t id) const;
   // The resource if it exists and has a backing; otherwise `error` says what to answer.
   Resource* FindBackedResource(uint32_t id, wire::Response* error) const;

@@ -9,6 +9,11 @@ namespace mvgpu::gpu {
 
 using wire::Response;
 
+Response GpuDevice2d::Refuse(const Error& error) {
+  owner_->on_refused(error);
+  return ResponseOf(error);
+}
+
 Resource* GpuDevice2d::FindResource(uint32_t id) const {
   const auto it = resources_.find(id);
   return it == resources_.end() ? nullptr : it->second.get();
@@ -39,7 +44,7 @@ Response GpuDevice2d::ResourceCreate2d(Request request) {
   }
   if (resources_.size() >= config_.max_resources) return Response::kErrOutOfMemory;
   auto resource = Resource::Create(*format, {command->width, command->height}, &budget_);
-  if (!resource) return ResponseOf(resource.error());
+  if (!resource) return Refuse(resource.error());
   resources_.emplace(command->resource_id, std::move(*resource));
   return Response::kOkNodata;
 }
@@ -79,7 +84,7 @@ Response GpuDevice2d::ResourceAttachBacking(Request request) {
     entries[i] = {Iova(entry->addr), entry->length};
   }
   auto backing = Backing::Create(entries, cache_);
-  if (!backing) return ResponseOf(backing.error());
+  if (!backing) return Refuse(backing.error());
   resource->attach(std::move(*backing));
   return Response::kOkNodata;
 }
@@ -108,7 +113,7 @@ Response GpuDevice2d::TransferToHost2d(Request request) {
       resource->transfer({rect.x, rect.y, rect.width, rect.height}, command->offset);
   if (!copied) {
     return copied.error().code() == ErrorCode::kInvalid ? Response::kErrInvalidParameter
-                                                        : ResponseOf(copied.error());
+                                                        : Refuse(copied.error());
   }
   counters_.transferred_bytes += *copied;
   return Response::kOkNodata;

@@ -70,7 +70,7 @@ Response GpuDevice2d::SetScanout(Request request) {
   }
   Scanout& scanout = heads_[command->scanout_id].scanout;
   const auto changed = scanout.bind(*resource, {rect.x, rect.y, rect.width, rect.height}, &budget_);
-  if (!changed) return ResponseOf(changed.error());
+  if (!changed) return Refuse(changed.error());
   if (*changed) {
     display_->on_frame(command->scanout_id, scanout.frame(), {0, 0, rect.width, rect.height});
   }

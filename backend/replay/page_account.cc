@@ -36,7 +36,11 @@ std::unique_ptr<dma::Mapper> PageAccount::Watch(std::unique_ptr<dma::Mapper> inn
   return std::make_unique<WatchedMapper>(std::move(inner), this);
 }
 
-PageAccount::Row& PageAccount::Touch(uint64_t iova_page) {
+PageAccount::Row* PageAccount::Touch(uint64_t iova_page) {
+  if (rows_.size() >= kMaxRows && !rows_.contains(iova_page)) {
+    is_complete_ = false;
+    return nullptr;
+  }
   auto [it, is_new] = rows_.try_emplace(iova_page);
   Row& row = it->second;
   if (is_new) {
@@ -47,34 +51,39 @@ PageAccount::Row& PageAccount::Touch(uint64_t iova_page) {
     row.first_ns = now_ns_;
   }
   row.last_ns = now_ns_;
-  return row;
+  return &row;
 }
 
 void PageAccount::on_read(Iova iova, uint64_t size) {
   while (size > 0) {
     const uint64_t part = std::min(size, kPageSize - iova.offset_in_page());
-    Row& row = Touch(iova.page());
-    ++row.reads;
-    row.bytes_read += part;
+    if (Row* row = Touch(iova.page())) {
+      ++row->reads;
+      row->bytes_read += part;
+    }
     iova = iova + part;
     size -= part;
   }
 }
 
 void PageAccount::on_dma_map(IovaRange range, DmaAddr address) {
-  for (uint64_t i = 0; i < PagesIn(range.size()); ++i) {
-    ++Touch(range.start().page() + i).dma_maps;
+  for (uint64_t i = 0; i < PagesIn(range.size()) && is_complete_; ++i) {
+    Row* row = Touch(range.start().page() + i);
+    if (row == nullptr) return;
+    ++row->dma_maps;
     held_[address.value() + BytesIn(i)] = {range.start().page() + i, now_ns_};
   }
 }
 
 void PageAccount::on_dma_unmap(DmaAddr address, uint64_t size) {
-  for (uint64_t i = 0; i < PagesIn(size); ++i) {
-    const auto it = held_.find(address.value() + BytesIn(i));
-    if (it == held_.end()) continue;
-    Touch(it->second.iova_page).held_ns += now_ns_ - it->second.since_ns;
-    held_.erase(it);
+  const auto begin = held_.lower_bound(address.value());
+  auto it = begin;
+  for (; it != held_.end() && it->first - address.value() < size; ++it) {
+    Row& row = rows_.at(it->second.iova_page);
+    row.held_ns += now_ns_ - it->second.since_ns;
+    row.last_ns = now_ns_;
   }
+  held_.erase(begin, it);
 }
 
 Result<void> PageAccount::write_csv(const std::string& path) const {

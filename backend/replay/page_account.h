@@ -15,8 +15,12 @@ namespace mvgpu::backend {
 
 // What the device did to each guest page, over the time of the trace: bytes it read, how often
 // dma_map_page was called for it, and how long it was held. Not thread-safe.
+//
+// A row per page is for looking at, and a guest can map terabytes with a few requests: pages beyond
+// the first kMaxRows are left out, and is_complete() says so.
 class PageAccount {
  public:
+  static constexpr size_t kMaxRows = 1u << 20;  // 4 GiB of pages that a GPU touched
   struct Row {
     uint64_t iova = 0;  // of the page
     uint64_t file = 0;  // of the trace, from 1
@@ -38,6 +42,7 @@ class PageAccount {
   void on_dma_unmap(DmaAddr address, uint64_t size);
 
   const std::map<uint64_t, Row>& rows() const { return rows_; }  // by IOVA page
+  bool is_complete() const { return is_complete_; }
   // One line per page, comma-separated, with a header line. Errors: kSystem.
   Result<void> write_csv(const std::string& path) const;
 
@@ -49,12 +54,14 @@ class PageAccount {
     uint64_t iova_page;
     uint64_t since_ns;
   };
-  Row& Touch(uint64_t iova_page);
+  // Null when there is no room for another page.
+  Row* Touch(uint64_t iova_page);
 
   const ReplayMemory& memory_;
   std::map<uint64_t, Row> rows_;
   std::map<uint64_t, Held> held_;  // by device page address
   uint64_t now_ns_ = 0;
+  bool is_complete_ = true;
 };
 
 }  // namespace mvgpu::backend

@@ -9,11 +9,16 @@
 
 #include <nlohmann/json.hpp>
 
+#include "backend/trace/trace_json.h"
+
 namespace mvgpu::backend {
 
 namespace {
 
 using nlohmann::json;
+
+// A request, a response and a frame on each of 16 scanouts, with room to spare.
+constexpr size_t kMaxResultsPerStep = 64;
 
 std::string_view EventName(TraceType type) {
   switch (type) {
@@ -116,6 +121,10 @@ Result<void> Player::Play(const TraceRecord& record) {
     case TraceType::kRequest:
     case TraceType::kResponse:
     case TraceType::kFrame:
+      if (expected_.size() >= kMaxResultsPerStep) {
+        return tl::unexpected<Error>(
+            Corrupt(fmt::format("more than {} results of one step", kMaxResultsPerStep)));
+      }
       expected_.push_back({record.type, {record.payload.begin(), record.payload.end()}});
       return {};
     case TraceType::kSummary:
@@ -249,14 +258,19 @@ Result<void> Player::PlayStep(ByteReader& payload) {
 
 Result<void> Player::PlaySummary(const TraceRecord& record) {
   ByteReader payload(record.payload);
-  const json expected = json::parse(payload.rest_as_text(), nullptr, /*allow_exceptions=*/false);
-  if (!expected.is_object())
-    return tl::unexpected<Error>(Corrupt("the summary is not a JSON object"));
+  const auto expected = ParseTraceJson(payload.rest_as_text());
+  if (!expected) return tl::unexpected<Error>(Corrupt("the summary is not a flat JSON object"));
+  if (!expected_.empty()) {
+    Differ(fmt::format("{} results after the last step", expected_.size()));
+  }
   const json actual = json::parse(vgpu_->session_json());
-  for (const auto& [key, value] : expected.items()) {
+  for (const auto& [key, value] : expected->items()) {
     const json mine = actual.value(key, json());
-    if (mine != value)
-      Differ(fmt::format("{} is {} instead of {}", key, mine.dump(), value.dump()));
+    if (mine != value) {
+      // Quoted where it is no name of ours: the file may hold anything.
+      Differ(fmt::format("{} is {} instead of {}", actual.contains(key) ? key : json(key).dump(),
+                         mine.dump(), value.dump()));
+    }
   }
   outcome_.is_complete = true;
   return {};

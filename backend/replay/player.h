@@ -77,6 +77,7 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   Error Corrupt(std::string_view what) const;
 
   void on_doorbell(uint16_t) override {}                   // the trace says when a queue is served
+  void on_refused(const Error&) override {}
   void on_queue_error(uint16_t, const Error&) override {}  // the trace has it, too
   void on_map(IovaRange, domain::Access, const Backing&) override {}
   void on_unmap(Iova, uint64_t) override {}

@@ -22,7 +22,8 @@ constexpr int kMaxWindowLog = 27;
 
 Result<std::unique_ptr<TraceReader>> TraceReader::Open(const std::string& path) {
   std::unique_ptr<TraceReader> reader(new TraceReader(path));
-  reader->fd_.reset(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  // O_NONBLOCK: a FIFO is refused below, not waited for.
+  reader->fd_.reset(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   struct stat status = {};
   if (!reader->fd_.is_valid() || fstat(reader->fd_.get(), &status) != 0) {
     return FailSystem(errno, fmt::format("cannot read the trace {}", path));
@@ -65,8 +66,10 @@ Result<void> TraceReader::ReadHeader() {
         fmt::format("{} is not an mvgpu trace (record one with mvgpu-backend --record=FILE)",
                     name_));
   }
-  const auto version = static_cast<uint32_t>(static_cast<unsigned char>(input_[8])) |
-                       static_cast<uint32_t>(static_cast<unsigned char>(input_[9])) << 8;
+  uint32_t version = 0;
+  for (unsigned i = 0; i < 4; ++i) {
+    version |= static_cast<uint32_t>(static_cast<unsigned char>(input_[8 + i])) << (8 * i);
+  }
   if (version != kTraceVersion) {
     return Fail(ErrorCode::kCorrupt,
                 fmt::format("{} is a trace of version {}, this program reads version {}", name_,

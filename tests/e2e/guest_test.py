@@ -151,6 +151,7 @@ class GuestDrawsTest(unittest.TestCase):
             with self.guest(backend, append="mvgpu.mode=1920x1080") as guest:
                 guest.start()
                 guest.wait_marker("pattern (up|failed)", 90)
+                backend.wait_line("a guest command was refused: .* raise --pin-limit to at least")
                 guest.send("mode 640x480")
                 guest.wait_marker("pattern (up|failed)", 60)
                 (row,) = backend.audit()["vms"][0]["domains"]
