@@ -30,7 +30,7 @@ def main():
             print(f"  SIGUSR1: picture written to {backend.take_screenshot()}")
             print("  mvgpu-audit show:", flush=True)
             subprocess.run([programs / "mvgpu-audit", "show", f"--runtime-dir={backend.runtime_dir}"], check=True)
-            guest.quit()
+            guest.kill()  # with the pattern on the screen: the trace ends with it
         print("  " + backend.wait_line("the vm is gone").removeprefix("mvgpu-backend: "))
         backend.leave()
 
