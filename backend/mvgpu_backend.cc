@@ -56,8 +56,8 @@ class Door {
       return FailSystem(errno, fmt::format("descriptor {} is not a socket", options.socket_fd));
     }
     if (option(SO_DOMAIN) != AF_UNIX || option(SO_TYPE) != SOCK_STREAM) {
-      return Fail(ErrorCode::kInvalid, fmt::format("descriptor {} is not a unix stream socket",
-                                                   options.socket_fd));
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("descriptor {} is not a unix stream socket", options.socket_fd));
     }
     (is_listening != 0 ? door.passed_listener_ : door.connection_).reset(options.socket_fd);
     return door;

@@ -92,6 +92,11 @@ void Session::on_queue_error(uint16_t queue, const Error& error) {
                         options_.vgpu.name, queue, error.message()));
 }
 
+void Session::on_queue_waiting(uint16_t queue, const Error& error) {
+  log_.warn(fmt::format("{}: queue {} waits until the vmm maps memory again: {}", options_.vgpu.name,
+                        queue, error.message()));
+}
+
 void Session::on_refused(const Error& error) {
   log_.warn(fmt::format("{}: a guest command was refused: {}", options_.vgpu.name, error.message()));
 }

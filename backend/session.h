@@ -47,6 +47,7 @@ class Session final : private Vgpu::Owner, private glue::vfio_user::Server::Log 
 
   void on_doorbell(uint16_t queue) override { device_thread_->kick(queue); }
   void on_queue_error(uint16_t queue, const Error& error) override;
+  void on_queue_waiting(uint16_t queue, const Error& error) override;
   void on_refused(const Error& error) override;
   void warn(std::string_view line) override { log_.warn(line); }
 

@@ -44,6 +44,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     virtual void on_doorbell(uint16_t queue) = 0;
     // The guest broke the rules of a queue, which stands still until its driver resets the device.
     virtual void on_queue_error(uint16_t queue, const Error& error) = 0;
+    // A queue waits until the VMM maps memory (again) that its next request needs.
+    virtual void on_queue_waiting(uint16_t queue, const Error& error) = 0;
     // A command was refused because its pages could not be pinned, mapped or read, or memory ran out.
     virtual void on_refused(const Error& error) = 0;
   };
@@ -102,6 +104,9 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   void on_notify(uint16_t queue) override { owner_->on_doorbell(queue); }
   void on_queue_error(uint16_t queue, const Error& error) override {
     owner_->on_queue_error(queue, error);
+  }
+  void on_queue_waiting(uint16_t queue, const Error& error) override {
+    owner_->on_queue_waiting(queue, error);
   }
 
   // Tells the observer of every picture, by its hash.

@@ -10,6 +10,8 @@
 #include <sys/vfs.h>
 
 #include <atomic>
+#include <bit>
+#include <cstdint>
 #include <cstring>
 #include <mutex>
 
@@ -48,7 +50,34 @@ void InstallSigbusHandler() {
   });
 }
 
-// memcpy() that returns false instead of raising SIGBUS.
+// One access for a whole word, so that ring indices and the like are never seen half-written.
+template <typename Word>
+bool CopyWord(void* destination, const void* source) {
+  if ((std::bit_cast<uintptr_t>(destination) | std::bit_cast<uintptr_t>(source)) % sizeof(Word) != 0) {
+    return false;
+  }
+  *static_cast<volatile Word*>(destination) = *static_cast<const volatile Word*>(source);
+  return true;
+}
+
+void CopyBytes(void* destination, const void* source, size_t size) {
+  switch (size) {
+    case 2:
+      if (CopyWord<uint16_t>(destination, source)) return;
+      break;
+    case 4:
+      if (CopyWord<uint32_t>(destination, source)) return;
+      break;
+    case 8:
+      if (CopyWord<uint64_t>(destination, source)) return;
+      break;
+    default:
+      break;
+  }
+  std::memcpy(destination, source, size);
+}
+
+// A copy that returns false instead of raising SIGBUS.
 [[gnu::noinline]] bool GuardedCopy(void* destination, const void* source, size_t size) {
   sigjmp_buf target;
   if (sigsetjmp(target, /*savemask=*/0) != 0) {
@@ -57,7 +86,7 @@ void InstallSigbusHandler() {
   }
   fault_target = &target;
   std::atomic_signal_fence(std::memory_order_seq_cst);  // the copy stays between the two stores
-  std::memcpy(destination, source, size);
+  CopyBytes(destination, source, size);
   std::atomic_signal_fence(std::memory_order_seq_cst);
   fault_target = nullptr;
   return true;

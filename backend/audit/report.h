@@ -38,19 +38,19 @@ Result<AuditReport> Audit(const std::string& runtime_dir,
 // For people: at most 100 columns, ends with a newline.
 std::string RenderText(const AuditReport& report);
 
-// For programs. Fields are only ever added:
-//   {"runtime_dir": str, "page_size": 4096,
-//    "vms": [{"vm": uuid, "ledger": path, "consistent": bool, "in_motion": bool, "repairs": n,
-//             "problems": [str], "totals": {"unique_pages": n, "charged_pages": n},
-//             "domains": [{"row": n, "name": str, "kind": str, "pid": n, "state":
-//             "alive|dead|unknown",
-//                          "pin_backend": str, "granule_pages": n, "mapped_pages": n,
-//                          "pinned_pages": n, "unique_pages": n, "charged_pages": n,
-//                          "locked_pages": n, "percent_of_mapped": number or null,   unique of
-//                          mapped "kernel": {"vm_lck_kb": n, "vm_pin_kb": n} or null}],   of the
-//                          whole process
-//             "files": [{"device": n, "inode": n, "pages": n, "unique_pages": n}]}],
-//    "errors": [{"vm": uuid, "error": {"code": str, "message": str}}]}
+// For programs. Fields are only ever added. n is a number, kernel counters are of the whole
+// process, percent_of_mapped is the share of unique_pages.
+//   {"runtime_dir": str, "page_size": 4096, "vms": [VM], "errors": [ERROR]}
+//   VM      {"vm": uuid, "ledger": path, "consistent": bool, "in_motion": bool, "repairs": n,
+//            "problems": [str], "totals": {"unique_pages": n, "charged_pages": n},
+//            "domains": [DOMAIN], "files": [FILE]}
+//   DOMAIN  {"row": n, "name": str, "kind": "api-only|assigned|nested|kind-N", "pid": n,
+//            "state": "alive|dead|unknown", "pin_backend": str, "granule_pages": n,
+//            "mapped_pages": n, "pinned_pages": n, "unique_pages": n, "charged_pages": n,
+//            "locked_pages": n, "percent_of_mapped": n or null,
+//            "kernel": {"vm_lck_kb": n, "vm_pin_kb": n} or null}
+//   FILE    {"device": n, "inode": n, "pages": n, "unique_pages": n}
+//   ERROR   {"vm": uuid, "error": {"code": str, "message": str}}
 nlohmann::json ToJson(const AuditReport& report);
 
 }  // namespace mvgpu::backend

@@ -76,7 +76,8 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   void Differ(std::string what);
   Error Corrupt(std::string_view what) const;
 
-  void on_doorbell(uint16_t) override {}                   // the trace says when a queue is served
+  void on_doorbell(uint16_t) override {}  // the trace says when a queue is served
+  void on_queue_waiting(uint16_t, const Error&) override {}
   void on_refused(const Error&) override {}
   void on_queue_error(uint16_t, const Error&) override {}  // the trace has it, too
   void on_map(IovaRange, domain::Access, const Backing&) override {}

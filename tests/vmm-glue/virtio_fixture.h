@@ -148,6 +148,14 @@ class VirtioPciTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
     EXPECT_FALSE(device_->process_one(0)) << "the queue stays stopped";
     EXPECT_EQ(errors_.size(), 1u);
   }
+  // The queue found its memory unmapped: it says so once, and nothing is broken.
+  void ExpectWaits() {
+    EXPECT_EQ(waiting_.size(), 1u);
+    EXPECT_FALSE(device_->has_work());
+    EXPECT_EQ(driver_->status(), 0x0f);
+    EXPECT_TRUE(errors_.empty());
+    waiting_.clear();
+  }
   // A new driver finds a device that remembers nothing.
   void ExpectRecovers(uint64_t features) {
     const int resets = fake_.resets;
@@ -168,6 +176,10 @@ class VirtioPciTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
     errors_.push_back(std::to_string(queue) + ": " + error.message());
   }
 
+  void on_queue_waiting(uint16_t queue, const Error& error) override {
+    waiting_.push_back(std::to_string(queue) + ": " + error.message());
+  }
+
   testing::FakeVirtioDevice fake_;
   std::unique_ptr<VirtioPciDevice> device_;
   std::unique_ptr<testing::VirtioPciDriver> driver_;
@@ -176,6 +188,7 @@ class VirtioPciTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
   std::array<testing::EventCounter, 3> events_;
   std::vector<uint16_t> notified_;
   std::vector<std::string> errors_;
+  std::vector<std::string> waiting_;
 };
 
 }  // namespace mvgpu::glue

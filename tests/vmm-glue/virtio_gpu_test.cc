@@ -86,6 +86,7 @@ class VirtioGpuTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
 
   void on_notify(uint16_t) override {}
   void on_queue_error(uint16_t, const Error& error) override { ADD_FAILURE() << error.message(); }
+  void on_queue_waiting(uint16_t, const Error& error) override { ADD_FAILURE() << error.message(); }
 
   FakeGpu* gpu_ = nullptr;  // owned by device_
   std::unique_ptr<VirtioGpuPci> device_;
@@ -109,8 +110,10 @@ TEST_F(VirtioGpuTest, QueuesReachTheGpu) {
   const auto control = Chain().readable("show").writable(24);
   control_.add(control);
   cursor_.add(Chain().readable("move"));
-  EXPECT_TRUE(device_->process_one());
-  EXPECT_FALSE(device_->process_one());
+  for (const uint16_t queue : {VirtioGpu::kControlQueue, VirtioGpu::kCursorQueue}) {
+    EXPECT_TRUE(device_->process_one(queue));
+    EXPECT_FALSE(device_->process_one(queue));
+  }
   EXPECT_EQ(gpu_->log, "control:show;cursor:move;");
   EXPECT_EQ(gpu_->driver_features, 2u);
   EXPECT_EQ(TextOf(memory_.get_bytes(control.address(1), 1)), "!");
@@ -120,11 +123,11 @@ TEST_F(VirtioGpuTest, QueuesReachTheGpu) {
 
 TEST_F(VirtioGpuTest, HasWorkForEitherQueue) {
   StartDriver();
-  for (const uint16_t queue : {uint16_t{0}, uint16_t{1}}) {
+  for (const uint16_t queue : {VirtioGpu::kControlQueue, VirtioGpu::kCursorQueue}) {
     EXPECT_FALSE(device_->has_work());
     driver_->notify(queue);
     EXPECT_TRUE(device_->has_work());
-    EXPECT_FALSE(device_->process_one());
+    EXPECT_FALSE(device_->process_one(queue));
   }
 }
 
@@ -207,7 +210,7 @@ class RealGpuTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
     const auto chain = DescriptorChainBuilder(&memory_).readable(request).writable(space);
     control_.add_indirect(chain);
     driver_->notify(0);
-    EXPECT_TRUE(device_->process_one());
+    EXPECT_TRUE(device_->process_one(VirtioGpu::kControlQueue));
     const auto used = control_.take_used();
     if (!used || used->len < 24) return 0;
     return memory_.get<uint32_t>(chain.address(1));
@@ -222,6 +225,7 @@ class RealGpuTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
 
   void on_notify(uint16_t) override {}
   void on_queue_error(uint16_t, const Error& error) override { ADD_FAILURE() << error.message(); }
+  void on_queue_waiting(uint16_t, const Error& error) override { ADD_FAILURE() << error.message(); }
 
   NoDisplay display_;
   std::unique_ptr<dma::Mapper> mapper_;

@@ -71,6 +71,7 @@ Result<bool> SplitQueue::pop(QueueRequest* request) {
   request->head_ = head;
   MVGPU_RETURN_IF_ERROR(WalkChain(request));
   MVGPU_RETURN_IF_ERROR(CopyReadable(request));
+  MVGPU_RETURN_IF_ERROR(CheckRoomForResponse(*request));
   ++next_available_;
   return true;
 }
@@ -207,6 +208,15 @@ Result<void> SplitQueue::CopyReadable(QueueRequest* request) const {
     rest = rest.subspan(segment.size());
   }
   return {};
+}
+
+Result<void> SplitQueue::CheckRoomForResponse(const QueueRequest& request) const {
+  for (const IovaRange& segment : request.writable_segments_) {
+    MVGPU_RETURN_IF_ERROR(domain_->check(segment, domain::Access::kWrite));
+  }
+  const auto used =
+      IovaRange::FromStartAndSize(options_.used, ring::UsedEntry(options_.size));
+  return domain_->check(*used, domain::Access::kWrite);  // in range: checked by Create()
 }
 
 Result<void> SplitQueue::respond(const QueueRequest& request, std::span<const std::byte> response) {

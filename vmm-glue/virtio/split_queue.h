@@ -72,7 +72,10 @@ class SplitQueue {
   // touched.
   static Result<std::unique_ptr<SplitQueue>> Create(domain::ApiOnlyDomain* domain, Options options);
 
-  // False: there is nothing. The driver will then notify when it adds something.
+  // False: there is nothing. The driver will then notify when it adds something. On an error nothing
+  // was taken: the same request comes again. kNotMapped or kBusy: the VMM has taken memory of the
+  // rings or of the request away, maybe to map it again at once. A request whose response could not
+  // be written is not taken either.
   Result<bool> pop(QueueRequest* request);
   // REQUIRES: response.size() <= request.writable_size().
   Result<void> respond(const QueueRequest& request, std::span<const std::byte> response);
@@ -92,6 +95,7 @@ class SplitQueue {
   Result<void> WalkIndirectTable(const ring::Descriptor& table, QueueRequest* request);
   static Result<void> AddSegment(const ring::Descriptor& descriptor, QueueRequest* request);
   Result<void> CopyReadable(QueueRequest* request) const;
+  Result<void> CheckRoomForResponse(const QueueRequest& request) const;
   Result<bool> DriverWantsInterrupt() const;
 
   domain::ApiOnlyDomain* const domain_;  // outlives this, see Create()

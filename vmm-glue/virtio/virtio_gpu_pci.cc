@@ -20,13 +20,6 @@ Result<std::unique_ptr<VirtioGpuPci>> VirtioGpuPci::Create(const VirtioGpu::Make
   return device;
 }
 
-// The cursor queue is looked at as often as the control queue: a busy guest still gets a pointer.
-bool VirtioGpuPci::process_one() {
-  const bool control = transport_->process_one(VirtioGpu::kControlQueue);
-  const bool cursor = transport_->process_one(VirtioGpu::kCursorQueue);
-  return control || cursor;
-}
-
 // The GPU may speak up while it is being made.
 void VirtioGpuPci::on_config_change() {
   if (transport_ != nullptr) transport_->notify_config_change();

@@ -31,9 +31,7 @@ class VirtioGpuPci final : private VirtioGpu::Owner {
   VfioDevice& vfio_device() { return *transport_; }
   gpu::GpuDevice& gpu() { return adapter_->gpu(); }
 
-  // One request of each queue. False: there was none in either.
-  bool process_one();
-  // One request of one queue (VirtioGpu::kControlQueue, kCursorQueue).
+  // One request of VirtioGpu::kControlQueue or kCursorQueue. False: there was none.
   bool process_one(uint16_t queue) { return transport_->process_one(queue); }
   bool has_work() const { return transport_->has_work(); }
 

@@ -130,7 +130,7 @@ bool VirtioPciDevice::is_running(uint16_t queue) const {
 
 bool VirtioPciDevice::has_work() const {
   for (uint16_t i = 0; i < queues_.size(); ++i) {
-    if (queues_[i].notified && is_running(i)) return true;
+    if (queues_[i].notified && !queues_[i].waits_for_memory && is_running(i)) return true;
   }
   return false;
 }
@@ -139,7 +139,9 @@ bool VirtioPciDevice::process_one(uint16_t queue) {
   if (!is_running(queue)) return false;
   const auto processed = TryProcessOne(queue);
   if (!processed) {
-    StopQueue(queue, processed.error());
+    const ErrorCode code = processed.error().code();
+    const bool may_come_back = code == ErrorCode::kNotMapped || code == ErrorCode::kBusy;
+    may_come_back ? WaitForMemory(queue, processed.error()) : StopQueue(queue, processed.error());
     return false;
   }
   if (!*processed) queues_[queue].notified = false;
@@ -179,6 +181,12 @@ Result<void> VirtioPciDevice::StartRings(uint16_t queue) {
                                    .indirect = (features & kFeatureIndirectDesc) != 0,
                                    .event_idx = (features & kFeatureEventIdx) != 0}));
   return {};
+}
+
+void VirtioPciDevice::WaitForMemory(uint16_t queue, const Error& error) {
+  if (!queues_[queue].waits_for_memory) owner_->on_queue_waiting(queue, error);
+  queues_[queue].waits_for_memory = true;
+  queues_[queue].notified = true;
 }
 
 void VirtioPciDevice::StopQueue(uint16_t queue, const Error& error) {
@@ -354,7 +362,11 @@ void VirtioPciDevice::set_irq_masked(uint32_t irq, uint32_t vector, bool masked)
 }
 
 Result<void> VirtioPciDevice::dma_map(domain::Container::MapRequest request) {
-  return container_->map(std::move(request));
+  MVGPU_RETURN_IF_ERROR(container_->map(std::move(request)));
+  for (uint16_t i = 0; i < queues_.size(); ++i) {
+    if (std::exchange(queues_[i].waits_for_memory, false)) owner_->on_notify(i);
+  }
+  return {};
 }
 
 Result<uint64_t> VirtioPciDevice::dma_unmap(Iova start, uint64_t size) {

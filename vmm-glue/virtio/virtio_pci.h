@@ -11,6 +11,10 @@
 // A register access never touches guest memory and never waits: a VMM stops the whole VM until it
 // is answered. Guest memory is touched in process_one() only.
 //
+// VMMs unmap and map RAM again when memory is re-arranged (QEMU: firmware, memory sections that are
+// split), and a request may be looked for in between. A queue whose memory is not mapped therefore
+// waits, and is looked at again after the next dma_map().
+//
 // A queue with which the guest broke the rules is stopped: the device status gets
 // DEVICE_NEEDS_RESET, the driver a configuration interrupt, the owner the reason. The rest goes on
 // working until the driver resets.
@@ -19,8 +23,8 @@
 // mapped, so with a vIOMMU they are IOVAs, and only a driver that takes this feature asks the
 // guest's IOMMU for them. One that does not take it still works where there is no vIOMMU (and
 // addresses are the same), so it is not turned away, as 6.1 would allow. With a vIOMMU its
-// addresses are not mapped, and it ends in DEVICE_NEEDS_RESET, not in somebody else's memory. VIRTIO_F_RING_RESET is not offered: a GPU driver has no use for a reset
-// of one queue.
+// addresses are not mapped, and it ends in DEVICE_NEEDS_RESET, not in somebody else's memory.
+// VIRTIO_F_RING_RESET is not offered: a GPU driver has no use for a reset of one queue.
 //
 // Not thread-safe: every call, process_one() included, is made under one lock of the caller.
 
@@ -54,6 +58,8 @@ class VirtioPciDevice final : public VfioDevice, private CommonConfig::Owner {
     virtual void on_notify(uint16_t queue) = 0;
     // A queue was stopped. A guest can cause this as often as it likes.
     virtual void on_queue_error(uint16_t queue, const Error& error) = 0;
+    // A queue waits until the VMM maps memory (again) that its next request needs.
+    virtual void on_queue_waiting(uint16_t queue, const Error& error) = 0;
   };
   struct Options {
     uint32_t class_code = 0;  // PCI, 24 bits
@@ -96,6 +102,7 @@ class VirtioPciDevice final : public VfioDevice, private CommonConfig::Owner {
     std::unique_ptr<SplitQueue> rings;  // made when the first request is looked for
     bool notified = false;
     bool stopped = false;
+    bool waits_for_memory = false;  // until the next dma_map()
   };
 
   VirtioPciDevice(VirtioDevice* device, domain::ApiOnlyDomain* domain, domain::Container* container,
@@ -109,6 +116,7 @@ class VirtioPciDevice final : public VfioDevice, private CommonConfig::Owner {
   Result<bool> TryProcessOne(uint16_t queue);
   Result<void> StartRings(uint16_t queue);
   void StopQueue(uint16_t queue, const Error& error);
+  void WaitForMemory(uint16_t queue, const Error& error);
   void RaiseConfigInterrupt();
 
   // The structures in BAR 4; `offset` counts from the structure's page.
