@@ -38,7 +38,7 @@ Result<std::unique_ptr<ApiOnlyDomain>> ApiOnlyDomain::Create(Options options,
   if (ledger != nullptr) {
     MVGPU_ASSIGN_OR_RETURN(domain->ledger_row_,
                            ledger->join(DomainKind::kApiOnly, domain->options_.name,
-                                        domain->backend_name_, /*granule_pages=*/1));
+                                        domain->backend_name_));
   }
   return domain;
 }
@@ -162,7 +162,13 @@ Result<void> ApiOnlyDomain::HoldLocked(const GuestFile& file, const std::vector<
     for (--done; done > 0; --done) LetGoLocked(file, fresh[done - 1]);
     return outcome;
   }
+  if (const uint32_t granule = backend_->granule_pages(file);
+      ledger_row_ != nullptr && granule > granule_pages_) {
+    granule_pages_ = granule;
+    ledger_row_->set_granule_pages(granule);
+  }
   counters_.unique_pages += wanted;
+  counters_.peak_unique_pages = std::max(counters_.peak_unique_pages, counters_.unique_pages);
   counters_.pages_locked_first += wanted;
   return {};
 }

@@ -74,7 +74,8 @@ class ApiOnlyDomain final : public Domain {
     uint64_t mapped_pages = 0;        // with a file behind
     uint64_t pinned_pages = 0;        // sum over pins
     uint64_t unique_pages = 0;        // distinct backing pages among them
-    uint64_t charged_pages = 0;       // of these, charged to this domain
+    uint64_t peak_unique_pages = 0;   // the most of them at a time
+    uint64_t charged_pages = 0;       // of the unique ones, charged to this domain
     uint64_t locked_pages = 0;        // held by the pin back end, granules included
     uint64_t pin_calls = 0;           // successful ones since creation
     uint64_t pages_pinned = 0;        // page holds taken since creation
@@ -157,6 +158,7 @@ class ApiOnlyDomain final : public Domain {
   absl::flat_hash_map<FileIdentity, FilePins> pins_by_file_ ABSL_GUARDED_BY(mutex_);
   absl::flat_hash_map<PinOwner*, RunCounter> pins_by_owner_
       ABSL_GUARDED_BY(mutex_);  // by IOVA page
+  uint32_t granule_pages_ ABSL_GUARDED_BY(mutex_) = 1;  // the largest, as the ledger shows it
   Counters counters_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -19,7 +19,8 @@ for argument in "$@"; do
     *) mvgpu_die "unknown option $argument; --long and --quick are known" ;;
   esac
 done
-[[ -z $long ]] || export MVGPU_MODEL_STEPS=1000000 MVGPU_FUZZ_ROUNDS=2000000 MVGPU_KILL_ROUNDS=5000
+[[ -z $long ]] || export MVGPU_MODEL_STEPS=1000000 MVGPU_FUZZ_ROUNDS=200000 MVGPU_LEDGER_KILLS=5000 \
+  MVGPU_HOSTILE_REQUESTS=5000000 MVGPU_MESSAGES=1000000
 
 jobs=$(nproc)
 mkdir -p build

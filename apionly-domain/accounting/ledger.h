@@ -12,26 +12,34 @@ namespace mvgpu::domain {
 
 enum class DomainKind : uint32_t { kApiOnly = 1, kAssignedDevice = 2, kNested = 3 };
 
-// One domain's row in the ledger of its VM (ledger_format.h). The row says which backing pages the domain
-// holds and which of those it pays for. Over all rows of the VM every held page is paid for exactly once.
+// One domain's row in the ledger of its VM (ledger_format.h). The row says which backing pages the
+// domain holds and which of those it pays for. Over all rows of the VM every held page is paid for
+// exactly once.
 //
 // Thread-safe. The row must be empty when it is destroyed (checked); it leaves the ledger then.
 class LedgerRow {
  public:
   virtual ~LedgerRow() = default;
 
-  // The domain now holds `pages` of the file (of `file_pages` pages in all), none of which it held before.
-  // Pages that no other row holds are charged to this one. Errors: kLimit (no room in the ledger: too many
-  // files); nothing is held then.
+  // The domain now holds `pages` of the file (of `file_pages` pages in all), none of which it held
+  // before. Pages that no other row holds are charged to this one. Nothing is held on an error:
+  // kInvalid (beyond the file), kLimit (no room: too many files, file system full), kBusy (a
+  // stopped process kept the ledger locked for 5 s), kRevoked (another process took this one for
+  // dead and dropped the row), kCorrupt, kSystem.
   virtual Result<void> hold(const FileIdentity& file, uint64_t file_pages, PageRun pages) = 0;
-  // REQUIRES: the domain holds all of `pages`. Where it pays for one that another row holds too, the
-  // charge moves to that row before this one lets go.
+  // REQUIRES: the domain holds all of `pages`. Where it pays for one that another row holds too,
+  // the charge moves to that row before this one lets go.
   virtual void release(const FileIdentity& file, PageRun pages) = 0;
 
-  // Figures for the reader of the accounts; they do not influence charges.
-  virtual void set_mapped_pages(uint64_t pages) = 0;   // in the container, with a file behind
-  virtual void set_pinned_pages(uint64_t pages) = 0;   // sum over all pins: one page pinned twice counts twice
-  virtual void set_locked_pages(uint64_t pages) = 0;   // what the kernel was asked to lock, granules included
+  // Figures for the reader of the accounts, one store each; they do not influence charges.
+  // In the container, with a file behind:
+  virtual void set_mapped_pages(uint64_t pages) = 0;
+  // Sum over all pins: one page pinned twice counts twice.
+  virtual void set_pinned_pages(uint64_t pages) = 0;
+  // What the kernel was asked to lock, granules included.
+  virtual void set_locked_pages(uint64_t pages) = 0;
+  // The largest granule in which the pin back end locks. 1 at first.
+  virtual void set_granule_pages(uint32_t pages) = 0;
 
   struct Counts {
     uint64_t unique_pages = 0;   // held by this row, by backing page
@@ -40,27 +48,27 @@ class LedgerRow {
   virtual Counts counts() const = 0;
 };
 
-// The accounts of one VM, in a file in shared memory that every process with a domain of the VM opens and
-// that `mvgpu-audit` reads: <runtime dir>/<vm uuid>.ledger. Format: ledger_format.h.
+// The accounts of one VM, in a file in shared memory that every process with a domain of the VM
+// opens and that `mvgpu-audit` reads: <runtime dir>/<vm uuid>.ledger. Format: ledger_format.h.
 class Ledger {
  public:
   struct Options {
     std::string runtime_dir;  // empty: DefaultRuntimeDir()
     std::string vm_uuid;      // 8-4-4-4-12 hexadecimal digits
   };
-  // /run/mvgpu for root, $XDG_RUNTIME_DIR/mvgpu otherwise; kInvalid, naming the variable, when there is none.
+  // /run/mvgpu for root, $XDG_RUNTIME_DIR/mvgpu otherwise; kInvalid, naming the variable, when
+  // there is none.
   static Result<std::string> DefaultRuntimeDir();
 
-  // Opens the VM's ledger or makes it (directory mode 0700, file mode 0600). Errors: kInvalid (uuid),
-  // kPermission (the file belongs to another user), kCorrupt (another version, damaged), kSystem.
+  // Opens the VM's ledger or makes it (directory mode 0700, file mode 0600). Errors: kInvalid
+  // (uuid), kPermission (the file belongs to another user), kCorrupt (another version, damaged),
+  // kSystem.
   static Result<std::unique_ptr<Ledger>> Open(Options options);
   virtual ~Ledger() = default;
 
-  // Adds a row for a domain of this process. `granule_pages`: pages per pin granule of its pin back end.
-  // Errors: kLimit when all rows are taken. The ledger must outlive the row.
+  // Adds a row for a domain of this process. Errors: kLimit when all rows are taken. The ledger must outlive the row.
   virtual Result<std::unique_ptr<LedgerRow>> join(DomainKind kind, std::string_view name,
-                                                  std::string_view pin_backend,
-                                                  uint32_t granule_pages) = 0;
+                                                  std::string_view pin_backend) = 0;
   virtual const std::string& path() const = 0;
 };
 

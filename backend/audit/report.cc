@@ -64,13 +64,13 @@ void RenderKernel(Out out, const AuditReport::Vm& vm) {
         pid, vm.kernel[i]->vm_lck_kb, vm.kernel[i]->vm_pin_kb, BytesIn(locked) / 1024);
   }
   for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
-    fmt::format_to(out, "  {}: pinned by {} in granules of {} pages\n", Shortened(row.name, 15),
+    fmt::format_to(out, "  {}: pinned by {}, {}-page granules\n", Shortened(row.name, 15),
                    row.pin_backend, row.granule_pages);
   }
 }
 
 void RenderVm(Out out, const AuditReport::Vm& vm) {
-  fmt::format_to(out, "VM {}  ({})\n", vm.ledger.vm_uuid, vm.ledger.path);
+  fmt::format_to(out, "VM {}\n  {}\n", vm.ledger.vm_uuid, vm.ledger.path);
   fmt::format_to(out, "  {:<15} {:<8} {:>7} {:<7} {:>10} {:>9} {:>6} {:>9} {:>9} {:>9}\n", "DOMAIN",
                  "KIND", "PID", "STATE", "MAPPED", "PINNED", "UNIQ%", "UNIQUE", "CHARGED",
                  "LOCKED");

@@ -17,23 +17,24 @@
 // (varint), payload. Integers in payloads are varints (LEB128) unless a size is given; fixed sizes
 // are little-endian.
 //
-//   type          payload                                             a replay
-//   kSession      JSON object: config of the vGPU, see Vgpu           builds the same vGPU
-//   kMap          iova, size, access (1 read, 2 write, 3), file (0:   maps a sparse memfd of that
-//   size
-//                 none), file offset, file size
-//   kUnmap        iova, size                                          unmaps
-//   kUnmapAll     -                                                   unmaps
-//   kWrite        region, offset, bytes                               writes the register
-//   kRead         region, offset, bytes that were answered            reads, compares
-//   kIrqs         irq, operation (TraceIrqOp), start, count           does the same with eventfds
-//   of its own kReset        -                                                   resets the device
-//   kMemory       iova, bytes                                         puts the bytes into guest
-//   memory kStep         queue                                               takes one request off
-//   the queue kRequest      queue, bytes of the request                         compares kResponse
-//   queue, bytes of the response                        compares kFrame        scanout, width,
-//   height, hash (8 bytes; FrameHash)   compares kSummary      JSON object: counters at the end of
-//   the session     compares
+// clang-format off
+//   type       payload                                                   a replay
+//   kSession   JSON object, flat: config of the vGPU, see VgpuConfig     builds the same vGPU
+//   kMap       iova, size, access (1 read, 2 write, 3 both), file        maps a sparse memfd
+//              (from 1; 0: none), file offset, file size                   of that size
+//   kUnmap     iova, size                                                unmaps
+//   kUnmapAll  -                                                         unmaps
+//   kWrite     region, offset, bytes                                     writes the register
+//   kRead      region, offset, bytes that were answered                  reads, compares
+//   kIrqs      irq, operation (TraceIrqOp), start, count                 does it with own eventfds
+//   kReset     -                                                         resets the device
+//   kMemory    iova, bytes                                               puts them in guest memory
+//   kStep      queue                                                     does one request
+//   kRequest   queue, bytes of the request                               compares
+//   kResponse  queue, bytes of the response                              compares
+//   kFrame     scanout, width, height, hash (8 bytes; FrameHash)         compares
+//   kSummary   JSON object, flat: counters at the end of the session     compares
+// clang-format on
 //
 // A kStep ends the work on one request: the kMemory, kRequest, kResponse and kFrame records since
 // the kStep before belong to it. The device reads a word of guest memory once per step, so a replay

@@ -57,8 +57,9 @@ class Bytes {
 
  private:
   Bytes& Append(const void* data, size_t size) {
-    const auto* from = static_cast<const uint8_t*>(data);
-    bytes_.insert(bytes_.end(), from, from + size);
+    const size_t end = bytes_.size();
+    bytes_.resize(end + size);
+    if (size != 0) std::memcpy(bytes_.data() + end, data, size);
     return *this;
   }
   std::vector<uint8_t> bytes_;

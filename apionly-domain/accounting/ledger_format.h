@@ -1,0 +1,205 @@
+#pragma once
+
+// The ledger file: <runtime dir>/<vm uuid>.ledger, version 1.
+//
+// One file per VM, shared memory for every process with a domain of that VM. Little-endian; offsets
+// in bytes from the start of the file; segments aligned to 4096. The file is sparse: space is never
+// given out twice, and only what was touched costs memory.
+//
+//   offset   size         what
+//   0        4096         LedgerHeader: magic, version, geometry, lock, sequence, end of space
+//   4096     64 x 256     RowRecord[64], one per domain: owner, name, figures
+//   20480    256 x 1024   FileRecord[256], one per backing file: identity, offsets of its segments
+//   282624   -            segments, in the order in which they were made
+//
+//   segment: SegmentHeader (64), directory (1 bit per chunk), padding to 4096, chunks of 4096 bytes
+//     hold   one per (file, row): 1 bit per page that the row holds, 32768 pages per chunk
+//     payer  at most one per file: 1 byte per page, row + 1 or 0 (nobody), 4096 pages per chunk
+//
+// A chunk whose directory bit is 0 is all zero and must not be touched: in a sparse tmpfs file even
+// a read through a mapping allocates memory, and raises SIGBUS when there is none. A chunk is
+// allocated with fallocate() first, then its bit is set.
+//
+// Who holds, who pays
+//   - A row holds a page iff its bit is set. Nothing else says so: a crashed process's share is
+//     exactly its own bits, and dropping it means clearing them.
+//   - A page's payer is a function of the file's contents, total and unique: the row that the payer
+//     byte names, if that row holds the page; else the lowest row that does.
+//   So a held page has exactly one payer after every single store, also where a process was killed
+//   between two stores, and the charge moves to the next holder by the store that clears the
+//   payer's bit. Payer bytes are written only where the lowest holder is not the one who pays, that
+//   is where a lower row came later. So pages with one holder cost one bit per page and owner and
+//   nothing else.
+//
+// Changes are made with LedgerHeader::lock held, a process-shared, robust, priority-inheriting
+// mutex of the C library. `sequence` is odd meanwhile. When a process dies inside, the next one
+// that takes the lock drops the rows of the dead and counts all counters anew out of the bits.
+// Readers take no lock: they copy the file with pread(), and a copy with the same even sequence
+// before and after is exact. Otherwise it is off by the pages of the changes that were under way.
+//
+// Liveness of a row's owner: (pid, start time) of a process of the same pid namespace. Whoever has
+// the ledger open also holds a shared flock() on it, so a ledger without any has no living owner at
+// all.
+
+#include <pthread.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+namespace mvgpu::domain::ledger_format {
+
+inline constexpr uint64_t kMagic = 0x52474c555047564d;  // "MVGPULGR" in memory
+inline constexpr uint32_t kVersion = 1;
+inline constexpr uint32_t kPageShift = 12;
+inline constexpr uint64_t kAlignment = 4096;
+inline constexpr uint32_t kMaxRows = 64;
+inline constexpr uint32_t kMaxFiles = 256;
+
+inline constexpr uint64_t kRowTable = 4096;
+inline constexpr uint64_t kFileTable = 20480;
+inline constexpr uint64_t kSegments = 282624;
+// Every process maps this much at once, so that nothing moves when the file grows.
+inline constexpr uint64_t kMaxFileBytes = uint64_t{16} << 30;
+inline constexpr uint64_t kMaxPagesPerFile = uint64_t{1}
+                                             << 36;  // 256 TiB, so that sums cannot overflow
+
+struct LedgerHeader {
+  uint64_t magic;
+  uint32_t version;
+  uint32_t header_bytes;  // sizeof(LedgerHeader)
+  uint32_t page_shift;
+  uint32_t lock_bytes;  // sizeof(pthread_mutex_t): another C library has another lock
+  uint32_t max_rows;
+  uint32_t max_files;
+  uint64_t row_table;
+  uint64_t file_table;
+  uint64_t segments;
+  char vm_uuid[40];  // lower case, zero-terminated
+  uint8_t reserved1[32];
+
+  alignas(64) uint8_t lock[64];  // pthread_mutex_t
+
+  uint64_t sequence;    // odd while somebody changes the ledger
+  uint64_t end;         // end of the space given out; never above the file's size
+  uint64_t next_token;  // see RowRecord::token
+  uint64_t repairs;     // how often a process died inside the lock
+  uint32_t file_count;  // records of the file table in use or used before
+  uint32_t lock_pid;    // who is inside the lock; 0: nobody
+  uint64_t lock_start_time;
+  uint64_t lock_pid_namespace;
+  uint8_t reserved2[3848];
+};
+
+enum RowState : uint32_t { kRowFree = 0, kRowActive = 1 };
+
+struct RowRecord {
+  uint32_t state;          // written last when a domain joins, first when its row is dropped
+  uint32_t kind;           // DomainKind
+  uint32_t pid;            // in the namespace below
+  uint32_t granule_pages;  // the largest of its pin back end; 1 at first
+  uint64_t start_time;     // of the process, field 22 of /proc/PID/stat
+  uint64_t pid_namespace;  // inode of /proc/PID/ns/pid; 0: unknown
+  uint64_t token;        // differs for every join: a row that was dropped is not its former owner's
+  char name[56];         // zero-terminated
+  char pin_backend[24];  // zero-terminated
+  uint8_t reserved1[8];
+
+  // Written by the owner alone, without the lock.
+  alignas(64) uint64_t mapped_pages;
+  uint64_t pinned_pages;
+  uint64_t locked_pages;
+  uint8_t reserved2[40];
+
+  // Written with the lock held; what the bits say.
+  alignas(64) uint64_t unique_pages;
+  uint64_t charged_pages;
+  uint8_t reserved3[48];
+};
+
+enum FileState : uint32_t { kFileFree = 0, kFileUsed = 1 };
+
+struct FileRecord {
+  uint32_t state;
+  uint32_t reserved1;
+  uint64_t device;
+  uint64_t inode;
+  uint64_t pages;          // the largest size that a row told
+  uint64_t holder_rows;    // bit r: hold_segment[r] counts
+  uint64_t held_pages;     // sum over rows; 0: the record may be given to another file
+  uint64_t payer_segment;  // 0: none
+  uint64_t reserved2;
+  uint64_t
+      hold_segment[kMaxRows];  // 0: none. Stays when a row leaves, for the next row of that number
+  uint8_t reserved3[448];
+};
+
+enum SegmentKind : uint32_t { kHoldSegment = 1, kPayerSegment = 2 };
+inline constexpr uint32_t kSegmentMagic = 0x4753564d;  // "MVSG" in memory
+inline constexpr uint64_t kChunkBytes = 4096;
+inline constexpr uint64_t kPagesPerWord = 64;
+inline constexpr uint64_t kWordsPerChunk = kChunkBytes / sizeof(uint64_t);
+inline constexpr uint64_t kPagesPerHoldChunk = kChunkBytes * 8;
+inline constexpr uint64_t kPagesPerPayerChunk = kChunkBytes;
+
+struct SegmentHeader {
+  uint32_t magic;
+  uint32_t kind;
+  uint32_t file;  // index of its FileRecord
+  uint32_t row;   // hold segments; 0 in payer segments
+  uint64_t pages;
+  uint64_t chunks;
+  uint64_t data;   // offset of the first chunk from the segment's start
+  uint64_t bytes;  // of the segment in all
+  uint8_t reserved[16];
+};
+
+// What the fields of a segment header must be for this many pages; also how much space it takes.
+struct SegmentGeometry {
+  uint64_t chunks;
+  uint64_t data;
+  uint64_t bytes;
+};
+// REQUIRES: 0 < pages <= kMaxPagesPerFile.
+constexpr SegmentGeometry GeometryOf(uint32_t kind, uint64_t pages) {
+  const uint64_t per_chunk = kind == kHoldSegment ? kPagesPerHoldChunk : kPagesPerPayerChunk;
+  const uint64_t chunks = (pages + per_chunk - 1) / per_chunk;
+  const uint64_t head = sizeof(SegmentHeader) + (chunks + 63) / 64 * sizeof(uint64_t);
+  const uint64_t data = (head + kAlignment - 1) / kAlignment * kAlignment;
+  return {chunks, data, data + chunks * kChunkBytes};
+}
+
+static_assert(sizeof(LedgerHeader) == 4096 && kRowTable == sizeof(LedgerHeader));
+static_assert(offsetof(LedgerHeader, vm_uuid) == 56);
+static_assert(offsetof(LedgerHeader, lock) == 128);
+static_assert(offsetof(LedgerHeader, sequence) == 192);
+static_assert(offsetof(LedgerHeader, end) == 200);
+static_assert(offsetof(LedgerHeader, file_count) == 224);
+static_assert(sizeof(RowRecord) == 256);
+static_assert(offsetof(RowRecord, name) == 40);
+static_assert(offsetof(RowRecord, mapped_pages) == 128);
+static_assert(offsetof(RowRecord, unique_pages) == 192);
+static_assert(kFileTable == kRowTable + kMaxRows * sizeof(RowRecord));
+static_assert(sizeof(FileRecord) == 1024);
+static_assert(offsetof(FileRecord, hold_segment) == 64);
+static_assert(kSegments == kFileTable + kMaxFiles * sizeof(FileRecord));
+static_assert(kSegments % kAlignment == 0);
+static_assert(sizeof(SegmentHeader) == 64);
+static_assert(kMaxRows <= 64, "holder_rows has one bit per row, a payer byte holds row + 1");
+static_assert(sizeof(pthread_mutex_t) <= sizeof(LedgerHeader::lock));
+static_assert(std::is_trivially_copyable_v<LedgerHeader> &&
+              std::is_trivially_copyable_v<RowRecord> && std::is_trivially_copyable_v<FileRecord>);
+static_assert(std::atomic_ref<uint64_t>::is_always_lock_free,
+              "counters are shared between processes");
+
+// Counters that a thread without the lock may look at meanwhile. Relaxed: each is a figure of its
+// own and orders nothing.
+inline uint64_t LoadCounter(const uint64_t& counter) {
+  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(counter)).load(std::memory_order_relaxed);
+}
+inline void StoreCounter(uint64_t& counter, uint64_t value) {
+  std::atomic_ref<uint64_t>(counter).store(value, std::memory_order_relaxed);
+}
+
+}  // namespace mvgpu::domain::ledger_format

@@ -1,0 +1,94 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "apionly-domain/accounting/ledger_memory.h"
+#include "apionly-domain/accounting/process_info.h"
+#include "apionly-domain/base/address.h"
+#include "apionly-domain/base/error.h"
+#include "apionly-domain/memory/guest_file.h"
+
+namespace mvgpu::domain {
+
+// What happens to the contents of one ledger, each operation with the ledger's lock held: rows come
+// and go, pages are held and released, and what a dead process left is put in order.
+//
+// A process that dies inside an operation leaves the lock to the next one, which repairs: it drops
+// the rows of the dead, clears payer bytes that name nobody, and counts every counter out of the
+// bits.
+//
+// Thread-safe, within and among processes. Not to be used in a child after fork(): open the ledger
+// there.
+class LedgerStore {
+ public:
+  // Which row, and proof that it is still the one that was added: another process may have taken
+  // this one for dead.
+  struct RowId {
+    unsigned index = 0;
+    uint64_t token = 0;
+  };
+  struct RowInfo {
+    uint32_t kind = 0;
+    std::string_view name;
+    std::string_view pin_backend;
+  };
+
+  LedgerStore(std::unique_ptr<LedgerMemory> memory, ProcessId self)
+      : memory_(std::move(memory)), self_(self) {}
+
+  // Drops rows of dead processes; the number of rows that remain. Errors: kBusy, kCorrupt.
+  Result<unsigned> reclaim();
+  // Errors: kLimit (all rows taken), kBusy, kCorrupt.
+  Result<RowId> add_row(const RowInfo& info);
+  // Drops the row with all it holds; the number of rows that remain.
+  unsigned remove_row(RowId id);
+
+  // Errors: kInvalid (beyond the file), kLimit, kBusy (the lock was not to be had for 5 s),
+  // kRevoked (the row was dropped), kCorrupt, kSystem. Nothing is held then.
+  Result<void> hold(RowId id, const FileIdentity& file, uint64_t file_pages, PageRun pages);
+  void release(RowId id, const FileIdentity& file, PageRun pages);
+
+  // The figures of a row; atomics, no lock. Only while the row is ours.
+  ledger_format::RowRecord& row(unsigned index) const { return memory_->row(index); }
+  bool owns(RowId id) const;
+
+  const std::string& path() const { return memory_->path(); }
+  int fd() const { return memory_->fd(); }
+
+ private:
+  // Holds the lock while it lives.
+  class Guard {
+   public:
+    explicit Guard(LedgerStore* store) : store_(store) {}
+    Guard(Guard&& other) noexcept : store_(std::exchange(other.store_, nullptr)) {}
+    Guard& operator=(Guard&&) = delete;
+    ~Guard() {
+      if (store_ != nullptr) store_->Unlock();
+    }
+
+   private:
+    LedgerStore* store_;
+  };
+
+  Result<Guard> Lock();
+  // For what cannot fail: waits until a stopped process goes on. False when the lock is beyond use.
+  bool LockForRelease(std::optional<Guard>& guard);
+  void Unlock();
+
+  void RepairLocked();
+  void DropRowLocked(unsigned index);
+  unsigned ReclaimLocked();
+  std::optional<unsigned> FindFileLocked(const FileIdentity& file) const;
+  Result<unsigned> FindOrAddFileLocked(const FileIdentity& file, uint64_t pages);
+  Result<unsigned> FreeFileRecordLocked();
+
+  const std::unique_ptr<LedgerMemory> memory_;
+  const ProcessId self_;
+};
+
+}  // namespace mvgpu::domain

@@ -1,0 +1,100 @@
+// The domain with a real ledger and real mlock: what it says, what others read, what the kernel counts.
+
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <string>
+
+#include "apionly-domain/api_only_domain.h"
+#include "tests/apionly-domain/ledger_fixture.h"
+#include "tests/fakes/guest_ram.h"
+#include "tests/fakes/result_matchers.h"
+
+namespace mvgpu::domain {
+namespace {
+
+using testing::GuestRam;
+using testing::IsOk;
+using testing::MakeRange;
+
+uint64_t KernelLockedPages() {
+  std::ifstream status("/proc/self/status");
+  for (std::string key; status >> key;) {
+    uint64_t kilobytes = 0;
+    if (key == "VmLck:" && status >> kilobytes) return kilobytes / 4;
+  }
+  return 0;
+}
+
+class Owner final : public PinOwner {
+ public:
+  std::string_view pin_owner_name() const override { return "test"; }
+  void on_revoke(IovaRange) override {}
+};
+
+class ApiOnlyDomainLedgerTest : public LedgerFixture {
+ protected:
+  std::unique_ptr<ApiOnlyDomain> MakeDomain(Ledger& ledger, std::string name) {
+    auto domain = ApiOnlyDomain::Create({.name = std::move(name)}, MakeMlockPinBackend(), &ledger, nullptr);
+    EXPECT_THAT(domain, IsOk());
+    EXPECT_THAT(container_.attach(domain->get()), IsOk());
+    return std::move(*domain);
+  }
+
+  GuestRam ram_{512ull << 20};  // sparse; granules of 8 pages
+  Container container_;
+  Owner owner_;
+};
+
+TEST_F(ApiOnlyDomainLedgerTest, TheLedgerAndTheKernelSayWhatTheDomainHolds) {
+  const uint64_t before = KernelLockedPages();
+  auto ledger = Open();
+  auto domain = MakeDomain(*ledger, "vgpu");
+  ASSERT_THAT(container_.map(ram_.map_request(0, 0, ram_.size())), IsOk());
+  {
+    auto a = domain->pin(MakeRange(BytesIn(16), BytesIn(4)), Access::kRead, &owner_);
+    auto b = domain->pin(MakeRange(BytesIn(18), BytesIn(4)), Access::kRead, &owner_);
+    ASSERT_THAT(a, IsOk());
+    ASSERT_THAT(b, IsOk());
+    const LedgerSnapshot seen = Look();
+    ASSERT_EQ(seen.rows.size(), 1u);
+    EXPECT_EQ(seen.rows[0].mapped_pages, PagesIn(ram_.size()));
+    EXPECT_EQ(seen.rows[0].pinned_pages, 8u);
+    EXPECT_EQ(seen.rows[0].unique_pages, 6u);
+    EXPECT_EQ(seen.rows[0].charged_pages, 6u);
+    EXPECT_EQ(seen.rows[0].granule_pages, 8u);
+    EXPECT_EQ(seen.rows[0].locked_pages, 8u);
+    EXPECT_EQ(KernelLockedPages() - before, 8u);
+    ExpectInOrder();
+  }
+  EXPECT_EQ(Look().rows[0].unique_pages, 0u);
+  EXPECT_EQ(KernelLockedPages(), before);
+  ASSERT_THAT(container_.detach(domain.get()), IsOk());
+  domain.reset();
+  EXPECT_FALSE(ledger_exists()) << "the last domain takes the ledger with it";
+}
+
+TEST_F(ApiOnlyDomainLedgerTest, APageThatTwoDomainsHoldIsChargedOnceAndTheChargeMoves) {
+  auto ledger = Open();
+  auto first = MakeDomain(*ledger, "first");
+  auto second = MakeDomain(*ledger, "second");
+  ASSERT_THAT(container_.map(ram_.map_request(0, 0, ram_.size())), IsOk());
+  auto a = first->pin(MakeRange(0, BytesIn(10)), Access::kRead, &owner_);
+  auto b = second->pin(MakeRange(BytesIn(5), BytesIn(10)), Access::kRead, &owner_);
+  ASSERT_THAT(a, IsOk());
+  ASSERT_THAT(b, IsOk());
+  EXPECT_EQ(first->counters().charged_pages, 10u);
+  EXPECT_EQ(second->counters().charged_pages, 5u);
+  EXPECT_EQ(Look().unique_pages, 15u);
+  a->reset();
+  EXPECT_EQ(first->counters().charged_pages, 0u);
+  EXPECT_EQ(second->counters().charged_pages, 10u) << "the payer left, the holder pays";
+  ExpectInOrder();
+  b->reset();
+  EXPECT_EQ(Look().unique_pages, 0u);
+  ASSERT_THAT(container_.detach(first.get()), IsOk());
+  ASSERT_THAT(container_.detach(second.get()), IsOk());
+}
+
+}  // namespace
+}  // namespace mvgpu::domain

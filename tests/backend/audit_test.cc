@@ -1,0 +1,268 @@
+// mvgpu-audit as its users run it.
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+#include <nlohmann/json.hpp>
+#include <sstream>
+#include <string>
+
+#include "tests/apionly-domain/ledger_fixture.h"
+
+namespace mvgpu::domain {
+namespace {
+
+using ::mvgpu::testing::IsOk;
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::MatchesRegex;
+using ::testing::Not;
+using ::testing::StartsWith;
+
+constexpr char kOtherVm[] = "ffffffff-0000-4000-8000-000000000001";
+
+class AuditTest : public LedgerFixture {
+ protected:
+  struct Outcome {
+    int exit_code = -1;
+    std::string out;
+    std::string err;
+  };
+  Outcome Run(const std::string& arguments) const {
+    const std::string err_path = dir_ + "/stderr";
+    FILE* pipe =
+        popen((std::string(MVGPU_AUDIT) + " " + arguments + " 2>" + err_path).c_str(), "r");
+    Outcome outcome;
+    char buffer[4096];
+    while (size_t n = fread(buffer, 1, sizeof buffer, pipe)) outcome.out.append(buffer, n);
+    const int status = pclose(pipe);
+    if (WIFEXITED(status)) outcome.exit_code = WEXITSTATUS(status);
+    std::ifstream err(err_path);
+    outcome.err.assign(std::istreambuf_iterator<char>(err), {});
+    return outcome;
+  }
+  Outcome Show(const std::string& options = "") const {
+    return Run("show --runtime-dir=" + dir_ + " " + options);
+  }
+  nlohmann::json ShowJson(const std::string& options = "") const {
+    const Outcome outcome = Show("--json " + options);
+    auto json = nlohmann::json::parse(outcome.out, nullptr, false);
+    EXPECT_FALSE(json.is_discarded()) << outcome.out << outcome.err;
+    return json;
+  }
+};
+
+TEST_F(AuditTest, TableShowsEveryDomainAndEveryPageOnceInTheTotal) {
+  auto ledger = Open();
+  auto vgpu = Join(*ledger, "vgpu");
+  auto assigned = ledger->join(DomainKind::kAssignedDevice, "nic", "vfio");
+  ASSERT_THAT(assigned, IsOk());
+  vgpu->set_mapped_pages(40000);
+  vgpu->set_pinned_pages(123);
+  vgpu->set_locked_pages(112);
+  ASSERT_THAT(vgpu->hold(kRam, 50000, {0, 100}), IsOk());
+  ASSERT_THAT((*assigned)->hold(kRam, 50000, {50, 1000}), IsOk());
+  const Outcome outcome = Show();
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.err, IsEmpty());
+  const std::string pid = std::to_string(getpid());
+  EXPECT_THAT(outcome.out, HasSubstr(std::string("VM ") + kVm));
+  std::istringstream lines(outcome.out);
+  bool vgpu_seen = false;
+  bool nic_seen = false;
+  bool total_seen = false;
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.starts_with("VM ")) {
+      EXPECT_LE(line.size(), 100u) << line;
+    }
+    std::istringstream words(line);
+    const std::vector<std::string> cells{std::istream_iterator<std::string>(words), {}};
+    if (cells.empty()) continue;
+    if (cells[0] == "vgpu") {
+      vgpu_seen = true;
+      EXPECT_THAT(cells, ::testing::ElementsAre("vgpu", "api-only", pid, "alive", "40000", "123",
+                                                "0.25", "100", "100", "112"));
+    }
+    if (cells[0] == "nic") {
+      nic_seen = true;
+      EXPECT_THAT(cells, ::testing::ElementsAre("nic", "assigned", pid, "alive", "0", "0", "-",
+                                                "1000", "950", "0"));
+    }
+    if (cells[0] == "total") {
+      total_seen = true;
+      EXPECT_EQ(cells[cells.size() - 2], "1050");
+      EXPECT_EQ(cells.back(), "1050");
+    }
+  }
+  EXPECT_TRUE(vgpu_seen && nic_seen && total_seen) << outcome.out;
+  EXPECT_THAT(outcome.out, HasSubstr("pid " + pid + ": kernel VmLck"));
+  vgpu->release(kRam, {0, 100});
+  (*assigned)->release(kRam, {50, 1000});
+}
+
+TEST_F(AuditTest, JsonHasTheDocumentedFields) {
+  auto ledger = Open();
+  auto row = Join(*ledger, "vgpu");
+  row->set_mapped_pages(400);
+  row->set_granule_pages(8);
+  ASSERT_THAT(row->hold(kRam, 1000, {0, 100}), IsOk());
+  const nlohmann::json json = ShowJson();
+  EXPECT_EQ(json["runtime_dir"], dir_);
+  EXPECT_EQ(json["page_size"], 4096);
+  EXPECT_EQ(json["errors"].size(), 0u);
+  ASSERT_EQ(json["vms"].size(), 1u);
+  const nlohmann::json& vm = json["vms"][0];
+  EXPECT_EQ(vm["vm"], kVm);
+  EXPECT_EQ(vm["ledger"], path());
+  EXPECT_EQ(vm["consistent"], true);
+  EXPECT_EQ(vm["in_motion"], false);
+  EXPECT_EQ(vm["totals"]["unique_pages"], 100);
+  EXPECT_EQ(vm["totals"]["charged_pages"], 100);
+  ASSERT_EQ(vm["domains"].size(), 1u);
+  const nlohmann::json& domain = vm["domains"][0];
+  EXPECT_EQ(domain["name"], "vgpu");
+  EXPECT_EQ(domain["kind"], "api-only");
+  EXPECT_EQ(domain["pid"], getpid());
+  EXPECT_EQ(domain["state"], "alive");
+  EXPECT_EQ(domain["pin_backend"], "mlock");
+  EXPECT_EQ(domain["granule_pages"], 8);
+  EXPECT_EQ(domain["mapped_pages"], 400);
+  EXPECT_EQ(domain["unique_pages"], 100);
+  EXPECT_EQ(domain["charged_pages"], 100);
+  EXPECT_EQ(domain["percent_of_mapped"], 25.0);
+  ASSERT_EQ(vm["files"].size(), 1u);
+  EXPECT_EQ(vm["files"][0]["inode"], kRam.inode);
+  EXPECT_EQ(vm["files"][0]["unique_pages"], 100);
+  row->release(kRam, {0, 100});
+}
+
+TEST_F(AuditTest, KernelsOwnFigureOfTheProcessStandsBeside) {
+  auto ledger = Open();
+  auto row = Join(*ledger);
+  const auto vm_lck = [this] {
+    return ShowJson()["vms"][0]["domains"][0]["kernel"]["vm_lck_kb"].get<uint64_t>();
+  };
+  const uint64_t before = vm_lck();
+  void* page = mmap(nullptr, 16384, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  ASSERT_EQ(syscall(SYS_mlock, page, 16384), 0);  // sanitizers replace mlock()
+  EXPECT_EQ(vm_lck(), before + 16);
+  munmap(page, 16384);
+  EXPECT_EQ(vm_lck(), before);
+}
+
+TEST_F(AuditTest, NothingRunningIsNoError) {
+  const Outcome outcome = Show();
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_EQ(outcome.out, "no VM has a ledger in " + dir_ + "\n");
+  EXPECT_THAT(outcome.err, IsEmpty());
+  EXPECT_EQ(ShowJson()["vms"], nlohmann::json::array());
+  const Outcome missing = Run("show --runtime-dir=" + dir_ + "/none");
+  EXPECT_EQ(missing.exit_code, 0);
+  EXPECT_EQ(missing.out, "no VM has a ledger in " + dir_ + "/none\n");
+}
+
+TEST_F(AuditTest, OneVmIsShownAloneAndAnUnknownOneIsReported) {
+  auto ledger = Open();
+  auto row = Join(*ledger);
+  auto other = Ledger::Open({dir_, kOtherVm});
+  ASSERT_THAT(other, IsOk());
+  auto other_row = Join(**other);
+  EXPECT_EQ(ShowJson()["vms"].size(), 2u);
+  const nlohmann::json one = ShowJson(std::string("--vm=") + kOtherVm);
+  ASSERT_EQ(one["vms"].size(), 1u);
+  EXPECT_EQ(one["vms"][0]["vm"], kOtherVm);
+  const Outcome unknown = Show("--vm=12345678-0000-4000-8000-000000000000");
+  EXPECT_EQ(unknown.exit_code, 3);
+  EXPECT_THAT(unknown.err,
+              MatchesRegex("mvgpu-audit: vm 12345678-[^\n]* has no ledger in [^\n]*\n"));
+  EXPECT_THAT(unknown.out, IsEmpty());
+}
+
+TEST_F(AuditTest, DeadOwnersAreShownAndStillReadable) {
+  const pid_t child = Fork([&] {
+    auto ledger = Ledger::Open({dir_, kVm});
+    auto row = (*ledger)->join(DomainKind::kApiOnly, "gone", "none");
+    if ((*row)->hold(kRam, 1000, {0, 10})) kill(getpid(), SIGKILL);
+  });
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFSIGNALED(status));
+  const Outcome outcome = Show();
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.out, AllOf(HasSubstr(" dead "), HasSubstr("rows of dead processes")));
+  const nlohmann::json domain = ShowJson()["vms"][0]["domains"][0];
+  EXPECT_EQ(domain["state"], "dead");
+  EXPECT_EQ(domain["charged_pages"], 10);
+  EXPECT_TRUE(domain["kernel"].is_null());
+}
+
+TEST_F(AuditTest, DamagedLedgerIsReportedAndTheOthersAreShown) {
+  auto ledger = Open();
+  auto row = Join(*ledger);
+  std::ofstream(dir_ + "/" + kOtherVm + ".ledger") << "noise";
+  const Outcome outcome = Show();
+  EXPECT_EQ(outcome.exit_code, 4);
+  EXPECT_THAT(outcome.out, HasSubstr(kVm));
+  EXPECT_THAT(outcome.err,
+              MatchesRegex("mvgpu-audit: [^\n]*ffffffff-[^\n]*the size is 5, expected[^\n]*\n"));
+  const nlohmann::json json = ShowJson();
+  EXPECT_EQ(json["vms"].size(), 1u);
+  ASSERT_EQ(json["errors"].size(), 1u);
+  EXPECT_EQ(json["errors"][0]["vm"], kOtherVm);
+  EXPECT_EQ(json["errors"][0]["error"]["code"], "corrupt");
+}
+
+TEST_F(AuditTest, BrokenInvariantsAreWarnedOf) {
+  auto ledger = Open();
+  auto row = Join(*ledger);
+  const UniqueFd file(open(path().c_str(), O_RDWR | O_CLOEXEC));
+  const uint64_t seven = 7;
+  ASSERT_EQ(pwrite(file.get(), &seven, 8, 4096 + 192),
+            8);  // unique_pages of row 0, ledger_format.h
+  const Outcome outcome = Show();
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.out, HasSubstr("warning: row 0 (domain) counts 7 unique pages but holds 0"));
+  EXPECT_EQ(ShowJson()["vms"][0]["consistent"], false);
+}
+
+TEST_F(AuditTest, ReadingChangesNothing) {
+  auto ledger = Open();
+  auto row = Join(*ledger);
+  ASSERT_THAT(row->hold(kRam, 1000, {0, 10}), IsOk());
+  const std::string before = ReadBytes();
+  EXPECT_EQ(Show().exit_code, 0);
+  EXPECT_EQ(ReadBytes(), before);
+  row->release(kRam, {0, 10});
+}
+
+TEST_F(AuditTest, WrongUsageIsOneLineAndExitsWith2) {
+  for (const char* arguments : {"", "show --no-such-option", "no-such-verb", "show --vm=12345"}) {
+    const Outcome outcome = Run(arguments);
+    EXPECT_EQ(outcome.exit_code, 2) << arguments;
+    EXPECT_THAT(outcome.err, MatchesRegex("mvgpu-audit: [^\n]*\n")) << arguments;
+    EXPECT_THAT(outcome.out, IsEmpty()) << arguments;
+  }
+}
+
+TEST_F(AuditTest, HelpAndVersionAreWrittenToStdout) {
+  const Outcome help = Run("--help");
+  EXPECT_EQ(help.exit_code, 0);
+  EXPECT_THAT(help.out, AllOf(HasSubstr("show"), HasSubstr("Exit codes:")));
+  const Outcome show_help = Run("show --help");
+  EXPECT_EQ(show_help.exit_code, 0);
+  EXPECT_THAT(show_help.out,
+              AllOf(HasSubstr("--vm"), HasSubstr("--runtime-dir"), HasSubstr("--json")));
+  const Outcome version = Run("--version");
+  EXPECT_EQ(version.exit_code, 0);
+  EXPECT_THAT(version.out, StartsWith("mvgpu-audit "));
+}
+
+}  // namespace
+}  // namespace mvgpu::domain

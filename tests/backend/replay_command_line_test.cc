@@ -1,0 +1,240 @@
+// mvgpu-replay as people and scripts use it. MVGPU_REPLAY is its path, MVGPU_TRACE that of the
+// trace that is built in.
+
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <sstream>
+
+#include <nlohmann/json.hpp>
+
+#include "tests/backend/child_process.h"
+#include "tests/backend/vgpu_fixture.h"
+
+namespace mvgpu::testing {
+namespace {
+
+using nlohmann::json;
+using ::testing::HasSubstr;
+
+struct Ran {
+  std::optional<int> exit_code;
+  std::string out;
+  std::string err;
+  json report() const { return json::parse(out, nullptr, false); }
+};
+
+Ran RunReplay(std::vector<std::string> arguments) {
+  arguments.insert(arguments.begin(), MVGPU_REPLAY);
+  ChildProcess process(std::move(arguments));
+  const auto code = process.wait();
+  return {code, process.out(), process.err()};
+}
+
+// Runs it to a failure; returns the one line that it says.
+std::string ExpectFails(std::vector<std::string> arguments, int exit_code) {
+  const Ran ran = RunReplay(std::move(arguments));
+  EXPECT_EQ(ran.exit_code, exit_code) << ran.err;
+  EXPECT_EQ(LinesIn(ran.err), 1u) << ran.err;
+  EXPECT_THAT(ran.err, ::testing::StartsWith("mvgpu-replay: "));
+  EXPECT_EQ(ran.out, "");
+  return ran.err;
+}
+
+TEST(ReplayOfTheBuiltInTrace, RunsAsRecordedAndWritesPictureAndAccount) {
+  TempDir dir;
+  const Ran ran =
+      RunReplay({"run", "--json", "--screenshot=" + (dir / "p.png"), "--pages=" + (dir / "p.csv")});
+  EXPECT_EQ(ran.exit_code, 0) << ran.err;
+  EXPECT_EQ(ran.err, "") << "no progress bar where there is no terminal";
+  const json report = ran.report();
+  ASSERT_TRUE(report.is_object()) << ran.out;
+  EXPECT_EQ(report["ok"], true);
+  EXPECT_EQ(report["complete"], true);
+  EXPECT_EQ(report["differences"], 0);
+  EXPECT_EQ(report["described"], json::array());
+  EXPECT_EQ(report["all_released"], true);
+  EXPECT_GT(report["counters"]["frames"], 0);
+  EXPECT_GE(report["frame_hashes"].size(), report["counters"]["frames"].get<size_t>());
+  EXPECT_EQ(report["frame_hashes"].back(), report["counters"]["final_picture"]);
+
+  const RawBytes png = ReadFile(dir / "p.png");
+  ASSERT_GT(png.size(), 1000u);
+  EXPECT_TRUE(std::ranges::equal(std::span(png).first(8), RawOf("\x89PNG\r\n\x1a\n")));
+
+  // Every byte of guest memory in the trace was read from some page.
+  const auto records = DecodeTrace(ReadFile(MVGPU_TRACE));
+  ASSERT_TRUE(records.has_value());
+  uint64_t recorded = 0;
+  for (const RawRecord& record : *records) {
+    if (record.type == kRawMemory) recorded += record.bytes_after(1).size();
+  }
+  const RawBytes csv = ReadFile(dir / "p.csv");
+  std::istringstream lines({reinterpret_cast<const char*>(csv.data()), csv.size()});
+  std::string line;
+  std::getline(lines, line);
+  EXPECT_EQ(line, "iova,file,file_page,reads,bytes_read,dma_maps,held_us,first_us,last_us");
+  uint64_t read = 0;
+  size_t rows = 0;
+  while (std::getline(lines, line)) {
+    std::vector<std::string> fields;
+    std::istringstream columns(line);
+    for (std::string field; std::getline(columns, field, ',');) fields.push_back(field);
+    ASSERT_EQ(fields.size(), 9u) << line;
+    read += std::stoull(fields[4]);
+    ++rows;
+  }
+  EXPECT_EQ(read, recorded);
+  EXPECT_EQ(rows, report["pages_touched"].get<size_t>());
+}
+
+TEST(ReplayOfTheBuiltInTrace, TableIsForPeople) {
+  const Ran ran = RunReplay({"run"});
+  EXPECT_EQ(ran.exit_code, 0);
+  for (const char* words :
+       {"(built-in)", "frames", "guest pages touched", "dma cache",
+        "left behind                       nothing", "yes: every answer, frame and count"}) {
+    EXPECT_THAT(ran.out, HasSubstr(words));
+  }
+}
+
+TEST(ReplayOfTheBuiltInTrace, InfoSaysWhatIsInIt) {
+  const Ran ran = RunReplay({"info", "--json"});
+  EXPECT_EQ(ran.exit_code, 0);
+  const json report = ran.report();
+  ASSERT_TRUE(report.is_object()) << ran.out;
+  EXPECT_EQ(report["complete"], true);
+  EXPECT_EQ(report["file_bytes"], std::filesystem::file_size(MVGPU_TRACE));
+  EXPECT_EQ(report["session"]["program"], "mvgpu-backend");
+  EXPECT_GT(report["summary"]["frames"], 0);
+  const auto records = DecodeTrace(ReadFile(MVGPU_TRACE));
+  ASSERT_TRUE(records.has_value());
+  uint64_t count = 0;
+  uint64_t bytes = 0;
+  for (const RawRecord& record : *records) {
+    if (record.type != kRawMemory) continue;
+    ++count;
+    bytes += record.payload.size();
+  }
+  EXPECT_EQ(report["records"]["guest_memory"]["records"], count);
+  EXPECT_EQ(report["records"]["guest_memory"]["bytes"], bytes);
+  EXPECT_EQ(report["records"]["summary"]["records"], 1);
+  const Ran table = RunReplay({"info"});
+  EXPECT_EQ(table.exit_code, 0);
+  EXPECT_THAT(table.out, HasSubstr("guest_memory"));
+  // The same file by its name.
+  EXPECT_EQ(RunReplay({"info", "--json", MVGPU_TRACE}).report()["records"], report["records"]);
+}
+
+// Traces of a small session of this test's own.
+class ReplayCommandLineTest : public backend::RecordedVgpuTest {
+ protected:
+  void SetUp() override {
+    RecordedVgpuTest::SetUp();
+    RunSession();
+    EndSession();
+  }
+  std::string Write(const std::string& name, const RawBytes& bytes) {
+    WriteFile(dir_ / name, bytes);
+    return dir_ / name;
+  }
+};
+
+TEST_F(ReplayCommandLineTest, TraceByNameRunsAlsoWithRealPins) {
+  for (const char* pin : {"none", "mlock"}) {
+    const Ran ran = RunReplay({"run", trace_path(), "--json", std::string("--pin=") + pin});
+    EXPECT_EQ(ran.exit_code, 0) << ran.err;
+    EXPECT_EQ(ran.report()["counters"], json::parse(summary_));
+  }
+}
+
+TEST_F(ReplayCommandLineTest, DifferencesAreExitCodeOneAndDescribed) {
+  auto records = Records();
+  for (RawRecord& record : records) {
+    if (record.type == kRawFrame) record.payload.back() ^= std::byte{1};
+  }
+  const std::string path = Write("other.mvtrace", EncodeTrace(records));
+  const Ran table = RunReplay({"run", path});
+  EXPECT_EQ(table.exit_code, 1);
+  EXPECT_THAT(table.out, HasSubstr("NO: 8 differences"));
+  EXPECT_THAT(table.out, HasSubstr("frame instead of frame"));
+  const Ran ran = RunReplay({"run", "--json", path});
+  EXPECT_EQ(ran.exit_code, 1);
+  EXPECT_EQ(ran.report()["ok"], false);
+  EXPECT_EQ(ran.report()["differences"], 8);
+}
+
+TEST_F(ReplayCommandLineTest, TraceThatEndsEarlyRunsAndIsSaidToBeCutShort) {
+  RawBytes bytes = ReadFile(trace_path());
+  bytes.resize(bytes.size() - 2);  // of the checksum
+  const std::string path = Write("cut.mvtrace", bytes);
+  EXPECT_EQ(RunReplay({"run", path}).exit_code, 0);
+  const auto records = Records();
+  const std::string half =
+      Write("half.mvtrace", EncodeTrace({records.begin(), records.begin() + 99}));
+  const Ran ran = RunReplay({"run", half});
+  EXPECT_EQ(ran.exit_code, 0);
+  EXPECT_THAT(ran.out, HasSubstr("cut short"));
+  EXPECT_EQ(RunReplay({"info", "--json", half}).report()["complete"], false);
+  EXPECT_EQ(RunReplay({"info", "--json", path}).report()["complete"], false);
+}
+
+TEST_F(ReplayCommandLineTest, FilesThatAreNoTracesAreOneLineAndExitCodeThree) {
+  const std::string text = Write("text", RawOf("this is no trace, but it is long enough"));
+  auto records = Records();
+  records.erase(records.begin());
+  const std::string headless = Write("headless", EncodeTrace(records));
+  RawBytes damaged = ReadFile(trace_path());
+  for (size_t i = 20; i < damaged.size(); i += 7) damaged[i] ^= std::byte{0x5a};
+  const std::string broken = Write("damaged", damaged);
+  for (const char* verb : {"run", "info"}) {
+    EXPECT_THAT(ExpectFails({verb, dir_ / "missing"}, 3), HasSubstr("missing"));
+    EXPECT_THAT(ExpectFails({verb, dir_.path()}, 3), HasSubstr("not a file"));
+    EXPECT_THAT(ExpectFails({verb, text}, 3), HasSubstr("not an mvgpu trace"));
+    EXPECT_THAT(ExpectFails({verb, broken}, 3), HasSubstr("damaged"));
+  }
+  EXPECT_THAT(ExpectFails({"run", headless}, 3), HasSubstr("does not begin with a session"));
+}
+
+TEST_F(ReplayCommandLineTest, FilesThatCannotBeWrittenAreOneLineAndExitCodeThree) {
+  EXPECT_THAT(ExpectFails({"run", trace_path(), "--screenshot=" + (dir_ / "no/p.png")}, 3),
+              HasSubstr("no/p.png"));
+  EXPECT_THAT(ExpectFails({"run", trace_path(), "--pages=" + (dir_ / "no/p.csv")}, 3),
+              HasSubstr("no/p.csv"));
+}
+
+TEST_F(ReplayCommandLineTest, MistakesAreOneLineAndExitCodeTwo) {
+  ExpectFails({}, 2);
+  ExpectFails({"dance"}, 2);
+  ExpectFails({"run", "--nonsense"}, 2);
+  ExpectFails({"run", trace_path(), trace_path()}, 2);
+  ExpectFails({"run", "--pin=glue"}, 2);
+  EXPECT_EQ(RunReplay({"--help"}).exit_code, 0);
+  EXPECT_EQ(RunReplay({"--version"}).exit_code, 0);
+}
+
+// A name that is no UTF-8 must not end the program where the report is JSON.
+TEST_F(ReplayCommandLineTest, AnyFileNameWillDo) {
+  const std::string path = dir_ / "n\xff\xfe\x80";
+  std::filesystem::copy_file(trace_path(), path);
+  for (const char* verb : {"run", "info"}) {
+    const Ran ran = RunReplay({verb, "--json", path});
+    EXPECT_EQ(ran.exit_code, 0) << ran.err;
+    EXPECT_TRUE(ran.report().is_object()) << ran.out;
+  }
+}
+
+TEST_F(ReplayCommandLineTest, NestedJsonInATraceIsRefusedNotPrinted) {
+  std::string deep =
+      "{\"frames\":" + std::string(1'000'000, '[') + std::string(1'000'000, ']') + "}";
+  auto records = Records();
+  records.back().payload = RawOf(deep);
+  const std::string path = Write("deep.mvtrace", EncodeTrace(records));
+  EXPECT_THAT(ExpectFails({"run", path}, 3), HasSubstr("summary"));
+  const Ran info = RunReplay({"info", "--json", path});
+  EXPECT_EQ(info.exit_code, 0) << info.err;
+  EXPECT_EQ(info.report()["summary"], nullptr);
+}
+
+}  // namespace
+}  // namespace mvgpu::testing
