@@ -73,6 +73,8 @@ bool Session::finish() {
 
 bool Session::Report() {
   const Vgpu::Counters now = vgpu_->counters();
+  device_thread_.reset();
+  vgpu_.reset();  // leaves the ledger: the line below is true for whoever reads the accounts after it
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
   const std::string left =
