@@ -11,6 +11,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "backend/cli_choice.h"
+
 namespace mvgpu::backend {
 
 namespace {
@@ -75,20 +77,14 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
       ->capture_default_str();
   app.add_option("--runtime-dir", vgpu.runtime_dir,
                  "Where the accounts are kept (default: /run/mvgpu, or $XDG_RUNTIME_DIR/mvgpu)");
-  const std::map<std::string, PinMode> pins = {{"mlock", PinMode::kMlock},
-                                               {"none", PinMode::kNone}};
-  app.add_option("--pin", vgpu.pin, "How pages are held while the device uses them: mlock, none")
-      ->transform(CLI::CheckedTransformer(pins).description(""))
-      ->default_str("mlock");
+  AddChoice<PinMode>(app, "--pin", vgpu.pin, {{"mlock", PinMode::kMlock}, {"none", PinMode::kNone}},
+                     "How pages are held while the device uses them: mlock, none (default: mlock)");
   uint64_t pin_limit = 0;
   app.add_option("--pin-limit", pin_limit,
                  "Most memory to pin at a time, e.g. 64M (default: no limit)")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false).description(""));
-  const std::map<std::string, DmaMode> mappers = {{"none", DmaMode::kNone}};
-  app.add_option("--dma", vgpu.dma,
-                 "What stands in for dma_map_page: none (host pointers, for CPU rendering)")
-      ->transform(CLI::CheckedTransformer(mappers).description(""))
-      ->default_str("none");
+  AddChoice<DmaMode>(app, "--dma", vgpu.dma, {{"none", DmaMode::kNone}},
+                     "What stands in for dma_map_page: none (host pointers, for CPU rendering)");
   app.add_option("--screenshot", options.session.screenshot_path,
                  "What the guest shows, as PNG, on SIGUSR1 and when the VMM leaves");
   app.add_option("--record", options.session.record_path,

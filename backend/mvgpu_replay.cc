@@ -11,6 +11,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "backend/cli_choice.h"
 #include "backend/replay/player.h"
 #include "backend/trace/embedded_trace.h"
 #include "backend/trace/trace_json.h"
@@ -89,7 +90,7 @@ void PrintTable(const std::string& name, const Player::Outcome& outcome, const P
   const json counters = json::parse(outcome.counters_json);
   const auto number = [&](const char* key) { return counters.value(key, uint64_t{0}); };
   const auto row = [](std::string_view what, const std::string& value) {
-    fmt::print("  {:<34}{}\n", what, value);
+    fmt::print("  {:<36}{}\n", what, value);
   };
   fmt::print("{}\n", name);
   row("recorded",
@@ -153,40 +154,6 @@ int Run(const RunOptions& options) {
                                                                              : ExitCode::kDiffers);
 }
 
-std::string_view RecordName(TraceType type) {
-  switch (type) {
-    case TraceType::kSession:
-      return "session";
-    case TraceType::kMap:
-      return "map";
-    case TraceType::kUnmap:
-      return "unmap";
-    case TraceType::kUnmapAll:
-      return "unmap_all";
-    case TraceType::kWrite:
-      return "register_write";
-    case TraceType::kRead:
-      return "register_read";
-    case TraceType::kIrqs:
-      return "irqs";
-    case TraceType::kReset:
-      return "reset";
-    case TraceType::kMemory:
-      return "guest_memory";
-    case TraceType::kStep:
-      return "step";
-    case TraceType::kRequest:
-      return "request";
-    case TraceType::kResponse:
-      return "response";
-    case TraceType::kFrame:
-      return "frame";
-    case TraceType::kSummary:
-      return "summary";
-  }
-  return "unknown";
-}
-
 // What is in a trace, without playing it.
 int Info(const std::string& path, bool as_json) {
   auto reader = OpenTrace(path);
@@ -215,7 +182,7 @@ int Info(const std::string& path, bool as_json) {
   if (as_json) {
     json records = json::object();
     for (const auto& [type, tally] : tallies) {
-      records[std::string(RecordName(type))] = {{"records", tally.records}, {"bytes", tally.bytes}};
+      records[std::string(TraceTypeName(type))] = {{"records", tally.records}, {"bytes", tally.bytes}};
     }
     const json report = {{"trace", (*reader)->name()},
                          {"file_bytes", (*reader)->bytes_total()},
@@ -231,7 +198,7 @@ int Info(const std::string& path, bool as_json) {
              static_cast<double>(duration_ns) / 1e9, summary.is_null() ? ", cut short" : "");
   fmt::print("  {:<16}{:>10}{:>14}\n", "record", "count", "bytes");
   for (const auto& [type, tally] : tallies) {
-    fmt::print("  {:<16}{:>10}{:>14}\n", RecordName(type), tally.records, tally.bytes);
+    fmt::print("  {:<16}{:>10}{:>14}\n", TraceTypeName(type), tally.records, tally.bytes);
   }
   return 0;
 }
@@ -252,15 +219,10 @@ int Main(int argc, char** argv) {
   run->add_flag("--json", run_options.as_json, "Print the report as one JSON object");
   run->add_option("--screenshot", run_options.screenshot, "Write the last picture as PNG");
   run->add_option("--pages", run_options.pages, "Write what happened to each guest page as CSV");
-  const std::map<std::string, PinMode> pins = {{"mlock", PinMode::kMlock},
-                                               {"none", PinMode::kNone}};
-  run->add_option("--pin", run_options.pin, "How pages are held: mlock, none")
-      ->transform(CLI::CheckedTransformer(pins).description(""))
-      ->default_str("none");
-  const std::map<std::string, DmaMode> mappers = {{"none", DmaMode::kNone}};
-  run->add_option("--dma", run_options.dma, "The mapper: none")
-      ->transform(CLI::CheckedTransformer(mappers).description(""))
-      ->default_str("none");
+  AddChoice<PinMode>(*run, "--pin", run_options.pin,
+                     {{"mlock", PinMode::kMlock}, {"none", PinMode::kNone}},
+                     "How pages are held: mlock, none (default: none)");
+  AddChoice<DmaMode>(*run, "--dma", run_options.dma, {{"none", DmaMode::kNone}}, "The mapper: none");
 
   std::string info_trace;
   bool info_json = false;

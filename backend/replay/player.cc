@@ -20,19 +20,6 @@ using nlohmann::json;
 // A request, a response and a frame on each of 16 scanouts, with room to spare.
 constexpr size_t kMaxResultsPerStep = 64;
 
-std::string_view EventName(TraceType type) {
-  switch (type) {
-    case TraceType::kRequest:
-      return "request";
-    case TraceType::kResponse:
-      return "response";
-    case TraceType::kFrame:
-      return "frame";
-    default:
-      return "event";
-  }
-}
-
 std::vector<std::byte> EventBytes(std::initializer_list<uint64_t> numbers,
                                   std::span<const std::byte> bytes) {
   ByteWriter writer;
@@ -245,7 +232,7 @@ Result<void> Player::PlayStep(ByteReader& payload) {
   for (size_t i = 0; i < common; ++i) {
     if (actual_[i] == expected_[i]) continue;
     Differ(fmt::format("step {} on queue {}: {} instead of {}{}", outcome_.steps, *queue,
-                       EventName(actual_[i].type), EventName(expected_[i].type),
+                       TraceTypeName(actual_[i].type), TraceTypeName(expected_[i].type),
                        actual_[i].type == expected_[i].type ? " with other contents" : ""));
   }
   if (actual_.size() != expected_.size()) {

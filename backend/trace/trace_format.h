@@ -71,6 +71,9 @@ enum class TraceType : uint8_t {
 };
 inline constexpr uint8_t kLastTraceType = 14;
 
+// As reports call it, e.g. "guest_memory".
+std::string_view TraceTypeName(TraceType type);
+
 enum class TraceIrqOp : uint8_t {
   kBind = 0,
   kUnbind = 1,

@@ -2,12 +2,12 @@
 
 #include <gtest/gtest.h>
 
-#include <fstream>
 #include <string>
 
 #include "apionly-domain/api_only_domain.h"
 #include "tests/apionly-domain/ledger_fixture.h"
 #include "tests/fakes/guest_ram.h"
+#include "tests/fakes/kernel_counters.h"
 #include "tests/fakes/result_matchers.h"
 
 namespace mvgpu::domain {
@@ -15,16 +15,8 @@ namespace {
 
 using testing::GuestRam;
 using testing::IsOk;
+using testing::KernelLockedPages;
 using testing::MakeRange;
-
-uint64_t KernelLockedPages() {
-  std::ifstream status("/proc/self/status");
-  for (std::string key; status >> key;) {
-    uint64_t kilobytes = 0;
-    if (key == "VmLck:" && status >> kilobytes) return kilobytes / 4;
-  }
-  return 0;
-}
 
 class Owner final : public PinOwner {
  public:

@@ -3,11 +3,11 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include <fstream>
 #include <string>
 
 #include "apionly-domain/pin/pin_backend.h"
 #include "tests/fakes/guest_ram.h"
+#include "tests/fakes/kernel_counters.h"
 #include "tests/fakes/result_matchers.h"
 
 namespace mvgpu::domain {
@@ -16,16 +16,7 @@ namespace {
 using testing::FailsWith;
 using testing::GuestRam;
 using testing::IsOk;
-
-// The judge: what the kernel counts for this process, in pages.
-uint64_t KernelLockedPages() {
-  std::ifstream status("/proc/self/status");
-  for (std::string key; status >> key;) {
-    uint64_t kilobytes = 0;
-    if (key == "VmLck:" && status >> kilobytes) return kilobytes / 4;
-  }
-  return 0;
-}
+using testing::KernelLockedPages;
 
 class MlockPinBackendTest : public ::testing::Test {
  protected:

@@ -1,16 +1,14 @@
 #include "backend/vgpu.h"
 
-#include <sys/mman.h>
-
 #include <atomic>
 #include <chrono>
-#include <fstream>
 #include <thread>
 
 #include "apionly-domain/accounting/ledger_view.h"
 #include "backend/device_thread.h"
 #include "backend/replay/player.h"
 #include "tests/backend/vgpu_fixture.h"
+#include "tests/fakes/kernel_counters.h"
 
 namespace mvgpu::backend {
 namespace {
@@ -57,6 +55,13 @@ TEST_F(VgpuLifeTest, EverythingIsReleasedByResetAndUnmap) {
   EXPECT_TRUE(Now().all_released());
   EXPECT_EQ(Now().gpu.frames, 2u) << "what was done is remembered";
   EXPECT_TRUE(vgpu_->picture().hash(0).has_value()) << "and the last picture";
+}
+
+TEST_F(VgpuLifeTest, MappingWithoutAFileIsSomethingToRelease) {
+  ASSERT_THAT(vgpu_->dma_map({Iova(0x10000), 0x1000, domain::Access::kRead, UniqueFd(), 0}),
+              IsOk());
+  EXPECT_EQ(Now().domain.mapped_pages, 0u) << "it cannot be reached";
+  EXPECT_FALSE(Now().all_released());
 }
 
 TEST_F(VgpuLifeTest, UnmapTakesThePinsAndTheNextTransferComesBackToThePages) {
@@ -155,46 +160,27 @@ TEST_F(PinLimitTest, PagesBeyondTheLimitAreACleanErrorForTheGuest) {
   EXPECT_EQ(guest_->driver().status(), 0x0f);
 }
 
-// VmLck of this process in KiB.
-uint64_t LockedKilobytes() {
-  std::ifstream status("/proc/self/status");
-  std::string word;
-  uint64_t value = 0;
-  while (status >> word) {
-    if (word == "VmLck:") status >> value;
-  }
-  return value;
-}
-
 class MlockTest : public VgpuLifeTest {
  protected:
   MlockTest() { config_.pin = PinMode::kMlock; }
-
-  // Sanitizers replace mlock() by nothing.
-  static bool MlockWorks() {
-    testing::GuestRam ram(kPageSize);
-    const uint64_t before = LockedKilobytes();
-    return mlock(ram.at(0), kPageSize) == 0 && LockedKilobytes() != before;
-  }
 };
 
 TEST_F(MlockTest, KernelAgreesThatPagesAreLockedOnlyWhileAttached) {
-  if (!MlockWorks()) GTEST_SKIP() << "this build has no mlock()";
-  const uint64_t before = LockedKilobytes();
+  const uint64_t before = testing::KernelLockedPages();
   StartGuest();
   EXPECT_EQ(guest_->create(1), kOk);
-  EXPECT_EQ(LockedKilobytes(), before);
+  EXPECT_EQ(testing::KernelLockedPages(), before);
   EXPECT_EQ(guest_->attach_picture(1), kOk);
-  EXPECT_EQ(LockedKilobytes(), before + 4 * Now().domain.locked_pages);
+  EXPECT_EQ(testing::KernelLockedPages(), before + Now().domain.locked_pages);
   EXPECT_GE(Now().domain.locked_pages, kPicturePages);
   ASSERT_THAT(guest_->unmap_pictures(), IsOk());
-  EXPECT_EQ(LockedKilobytes(), before);
+  EXPECT_EQ(testing::KernelLockedPages(), before);
   ASSERT_THAT(guest_->map_pictures(), IsOk());
   EXPECT_EQ(guest_->set_scanout(1), kOk);
   EXPECT_EQ(guest_->transfer(1), kOk);
-  EXPECT_GT(LockedKilobytes(), before);
+  EXPECT_GT(testing::KernelLockedPages(), before);
   EXPECT_EQ(guest_->unref(1), kOk);
-  EXPECT_EQ(LockedKilobytes(), before);
+  EXPECT_EQ(testing::KernelLockedPages(), before);
 }
 
 class LedgerTest : public VgpuLifeTest {
