@@ -36,9 +36,9 @@ Result<std::unique_ptr<ApiOnlyDomain>> ApiOnlyDomain::Create(Options options,
   std::unique_ptr<ApiOnlyDomain> domain(
       new ApiOnlyDomain(std::move(options), std::move(backend), observer));
   if (ledger != nullptr) {
-    MVGPU_ASSIGN_OR_RETURN(domain->ledger_row_,
-                           ledger->join(DomainKind::kApiOnly, domain->options_.name,
-                                        domain->backend_name_));
+    MVGPU_ASSIGN_OR_RETURN(
+        domain->ledger_row_,
+        ledger->join(DomainKind::kApiOnly, domain->options_.name, domain->backend_name_));
   }
   return domain;
 }

@@ -157,7 +157,7 @@ class ApiOnlyDomain final : public Domain {
   std::vector<IovaRange> revoking_ ABSL_GUARDED_BY(mutex_);              // unmaps under way
   absl::flat_hash_map<FileIdentity, FilePins> pins_by_file_ ABSL_GUARDED_BY(mutex_);
   absl::flat_hash_map<PinOwner*, RunCounter> pins_by_owner_
-      ABSL_GUARDED_BY(mutex_);  // by IOVA page
+      ABSL_GUARDED_BY(mutex_);                          // by IOVA page
   uint32_t granule_pages_ ABSL_GUARDED_BY(mutex_) = 1;  // the largest, as the ledger shows it
   Counters counters_ ABSL_GUARDED_BY(mutex_);
 };

@@ -5,9 +5,8 @@
 #include <CLI/CLI.hpp>
 #include <cstdlib>
 #include <fstream>
-#include <iostream>
-#include <limits>
 #include <map>
+#include <optional>
 
 #include <nlohmann/json.hpp>
 
@@ -79,7 +78,7 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
                  "Where the accounts are kept (default: /run/mvgpu, or $XDG_RUNTIME_DIR/mvgpu)");
   AddChoice<PinMode>(app, "--pin", vgpu.pin, {{"mlock", PinMode::kMlock}, {"none", PinMode::kNone}},
                      "How pages are held while the device uses them: mlock, none (default: mlock)");
-  uint64_t pin_limit = 0;
+  std::optional<uint64_t> pin_limit;
   app.add_option("--pin-limit", pin_limit,
                  "Most memory to pin at a time, e.g. 64M (default: no limit)")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false).description(""));
@@ -111,7 +110,14 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
     fmt::print(stderr, "mvgpu-backend: no socket: give --socket-path=PATH or --fd=N; see --help\n");
     return tl::unexpected(ExitCode::kUsage);
   }
-  if (pin_limit != 0) vgpu.pin_limit_bytes = pin_limit;
+  if (pin_limit && *pin_limit < kPageSize) {
+    fmt::print(stderr,
+               "mvgpu-backend: --pin-limit of {} bytes is less than a page; give 4K or more, or "
+               "leave it out for no limit\n",
+               *pin_limit);
+    return tl::unexpected(ExitCode::kUsage);
+  }
+  vgpu.pin_limit_bytes = pin_limit.value_or(UINT64_MAX);
   if (vgpu.vm_uuid.empty()) vgpu.vm_uuid = RandomUuid();
   return options;
 }

@@ -8,8 +8,8 @@
 
 namespace mvgpu::backend {
 
-// Adds an option whose value is one of a few names. A wrong one is answered with all of them. `target` is the
-// default and outlives the parsing.
+// Adds an option whose value is one of a few names. A wrong one is answered with all of them.
+// `target` is the default and outlives the parsing.
 template <typename T>
 CLI::Option* AddChoice(CLI::App& app, const std::string& option, T& target,
                        const std::map<std::string, T>& choices, const std::string& description) {

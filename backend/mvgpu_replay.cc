@@ -182,7 +182,8 @@ int Info(const std::string& path, bool as_json) {
   if (as_json) {
     json records = json::object();
     for (const auto& [type, tally] : tallies) {
-      records[std::string(TraceTypeName(type))] = {{"records", tally.records}, {"bytes", tally.bytes}};
+      records[std::string(TraceTypeName(type))] = {{"records", tally.records},
+                                                   {"bytes", tally.bytes}};
     }
     const json report = {{"trace", (*reader)->name()},
                          {"file_bytes", (*reader)->bytes_total()},
@@ -222,7 +223,8 @@ int Main(int argc, char** argv) {
   AddChoice<PinMode>(*run, "--pin", run_options.pin,
                      {{"mlock", PinMode::kMlock}, {"none", PinMode::kNone}},
                      "How pages are held: mlock, none (default: none)");
-  AddChoice<DmaMode>(*run, "--dma", run_options.dma, {{"none", DmaMode::kNone}}, "The mapper: none");
+  AddChoice<DmaMode>(*run, "--dma", run_options.dma, {{"none", DmaMode::kNone}},
+                     "The mapper: none");
 
   std::string info_trace;
   bool info_json = false;

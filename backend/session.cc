@@ -74,7 +74,8 @@ bool Session::finish() {
 bool Session::Report() {
   const Vgpu::Counters now = vgpu_->counters();
   device_thread_.reset();
-  vgpu_.reset();  // leaves the ledger: the line below is true for whoever reads the accounts after it
+  vgpu_.reset();  // leaves the ledger: the line below is true for whoever reads the accounts after
+                  // it
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
   const std::string left =
@@ -95,12 +96,13 @@ void Session::on_queue_error(uint16_t queue, const Error& error) {
 }
 
 void Session::on_queue_waiting(uint16_t queue, const Error& error) {
-  log_.warn(fmt::format("{}: queue {} waits until the vmm maps memory again: {}", options_.vgpu.name,
-                        queue, error.message()));
+  log_.warn(fmt::format("{}: queue {} waits until the vmm maps memory again: {}",
+                        options_.vgpu.name, queue, error.message()));
 }
 
 void Session::on_refused(const Error& error) {
-  log_.warn(fmt::format("{}: a guest command was refused: {}", options_.vgpu.name, error.message()));
+  log_.warn(
+      fmt::format("{}: a guest command was refused: {}", options_.vgpu.name, error.message()));
 }
 
 }  // namespace mvgpu::backend

@@ -46,7 +46,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     virtual void on_queue_error(uint16_t queue, const Error& error) = 0;
     // A queue waits until the VMM maps memory (again) that its next request needs.
     virtual void on_queue_waiting(uint16_t queue, const Error& error) = 0;
-    // A command was refused because its pages could not be pinned, mapped or read, or memory ran out.
+    // A command was refused because its pages could not be pinned, mapped or read, or memory ran
+    // out.
     virtual void on_refused(const Error& error) = 0;
   };
   // What the configuration leaves to the caller to make or to wrap.
@@ -123,7 +124,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   // Stands between the GPU and the transport, which has no use for reasons.
   class GpuOwner final : public gpu::GpuDevice::Owner {
    public:
-    GpuOwner(gpu::GpuDevice::Owner* transport, Vgpu::Owner* owner) : transport_(transport), owner_(owner) {}
+    GpuOwner(gpu::GpuDevice::Owner* transport, Vgpu::Owner* owner)
+        : transport_(transport), owner_(owner) {}
     void on_display_event() override { transport_->on_display_event(); }
     void on_refused(const Error& why) override { owner_->on_refused(why); }
 

@@ -59,8 +59,8 @@ class GpuDevice {
     virtual ~Owner() = default;
     // events_read changed (VIRTIO_GPU_EVENT_DISPLAY): raise the configuration interrupt.
     virtual void on_display_event() = 0;
-    // A request was refused for a reason that the guest is not told: pages that could not be pinned,
-    // mapped or read, memory that ran out. A guest can cause this as often as it likes.
+    // A request was refused for a reason that the guest is not told: pages that could not be
+    // pinned, mapped or read, memory that ran out. A guest can cause this as often as it likes.
     virtual void on_refused(const Error& /*why*/) {}
   };
   struct Counters {

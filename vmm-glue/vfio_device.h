@@ -25,8 +25,8 @@ inline constexpr uint32_t kIrqErr = 3;
 inline constexpr uint32_t kIrqReq = 4;
 inline constexpr uint32_t kIrqCount = 5;
 
-// A PCI device as VFIO sees it: regions, interrupts, a reset. What a vfio-user server serves; who serves it
-// is none of its business. All calls come from one thread at a time.
+// A PCI device as VFIO sees it: regions, interrupts, a reset. What a vfio-user server serves; who
+// serves it is none of its business. All calls come from one thread at a time.
 class VfioDevice {
  public:
   struct RegionInfo {
@@ -45,8 +45,9 @@ class VfioDevice {
   virtual RegionInfo region_info(uint32_t region) const = 0;  // REQUIRES: region < kRegionCount
   virtual IrqInfo irq_info(uint32_t irq) const = 0;           // REQUIRES: irq < kIrqCount
 
-  // The server has checked that the access lies inside the region and that its direction is allowed.
-  // A driver's access never fails: registers that are not there read as zero and ignore writes.
+  // The server has checked that the access lies inside the region and that its direction is
+  // allowed. A driver's access never fails: registers that are not there read as zero and ignore
+  // writes.
   virtual void region_read(uint32_t region, uint64_t offset, std::span<std::byte> data) = 0;
   virtual void region_write(uint32_t region, uint64_t offset, std::span<const std::byte> data) = 0;
 

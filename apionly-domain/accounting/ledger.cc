@@ -178,9 +178,8 @@ class SharedLedger final : public Ledger {
       }
       MVGPU_ASSIGN_OR_RETURN(store_, file_.OpenOrCreate());  // the last row of the VM had left
     }
-    MVGPU_ASSIGN_OR_RETURN(
-        const LedgerStore::RowId id,
-        store_->add_row({static_cast<uint32_t>(kind), name, pin_backend}));
+    MVGPU_ASSIGN_OR_RETURN(const LedgerStore::RowId id,
+                           store_->add_row({static_cast<uint32_t>(kind), name, pin_backend}));
     ++own_rows_;
     return std::make_unique<SharedLedgerRow>(this, store_.get(), id);
   }

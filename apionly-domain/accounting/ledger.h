@@ -66,7 +66,8 @@ class Ledger {
   static Result<std::unique_ptr<Ledger>> Open(Options options);
   virtual ~Ledger() = default;
 
-  // Adds a row for a domain of this process. Errors: kLimit when all rows are taken. The ledger must outlive the row.
+  // Adds a row for a domain of this process. Errors: kLimit when all rows are taken. The ledger
+  // must outlive the row.
   virtual Result<std::unique_ptr<LedgerRow>> join(DomainKind kind, std::string_view name,
                                                   std::string_view pin_backend) = 0;
   virtual const std::string& path() const = 0;

@@ -53,7 +53,8 @@ void InstallSigbusHandler() {
 // One access for a whole word, so that ring indices and the like are never seen half-written.
 template <typename Word>
 bool CopyWord(void* destination, const void* source) {
-  if ((std::bit_cast<uintptr_t>(destination) | std::bit_cast<uintptr_t>(source)) % sizeof(Word) != 0) {
+  if ((std::bit_cast<uintptr_t>(destination) | std::bit_cast<uintptr_t>(source)) % sizeof(Word) !=
+      0) {
     return false;
   }
   *static_cast<volatile Word*>(destination) = *static_cast<const volatile Word*>(source);

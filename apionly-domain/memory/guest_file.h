@@ -56,9 +56,9 @@ class GuestFile {
   bool is_sealed_against_shrinking() const { return sealed_; }
   int fd() const { return fd_.get(); }
 
-  // Copies out of and into guest memory. `offset` is in bytes of the file. Aligned words of 2, 4 and 8
-  // bytes are copied in one access.
-  // Errors: kInvalid (beyond the mapped size), kTruncated, kPermission (write to a read-only file).
+  // Copies out of and into guest memory. `offset` is in bytes of the file. Aligned words of 2, 4
+  // and 8 bytes are copied in one access. Errors: kInvalid (beyond the mapped size), kTruncated,
+  // kPermission (write to a read-only file).
   Result<void> read(uint64_t offset, std::span<std::byte> destination) const;
   Result<void> write(uint64_t offset, std::span<const std::byte> source);
 

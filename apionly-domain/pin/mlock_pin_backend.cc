@@ -19,8 +19,8 @@ namespace {
 
 constexpr uint64_t kMaxGranulesPerFile = 16384;
 
-// The bare system calls: the sanitizers' run-time replaces mlock() by nothing, and the kernel's count is what
-// our tests believe.
+// The bare system calls: the sanitizers' run-time replaces mlock() by nothing, and the kernel's
+// count is what our tests believe.
 long MlockPages(const void* address, size_t size) { return syscall(SYS_mlock, address, size); }
 void MunlockPages(const void* address, size_t size) { syscall(SYS_munlock, address, size); }
 
@@ -73,10 +73,11 @@ class MlockPinBackend final : public PinBackend {
   Result<void> pin(const GuestFile& file, PageRun pages) override {
     RunCounter& pinned = pinned_[file.identity()];
     const PageRun lock = NewlyTouched(pinned, file, pages);
-    if (lock.count > 0 && MlockPages(file.host_address(BytesIn(lock.first)), BytesIn(lock.count)) != 0) {
+    if (lock.count > 0 &&
+        MlockPages(file.host_address(BytesIn(lock.first)), BytesIn(lock.count)) != 0) {
       const int sys_errno = errno;
       MunlockPages(file.host_address(BytesIn(lock.first)),
-              BytesIn(lock.count));  // what it did before failing
+                   BytesIn(lock.count));  // what it did before failing
       Error error = MlockError(sys_errno, file, lock);
       if (pinned.empty()) pinned_.erase(file.identity());
       return tl::unexpected<Error>(std::move(error));
@@ -90,7 +91,8 @@ class MlockPinBackend final : public PinBackend {
     RunCounter& pinned = pinned_[file.identity()];
     pinned.remove(pages);
     const PageRun unlock = NewlyTouched(pinned, file, pages);
-    if (unlock.count > 0) MunlockPages(file.host_address(BytesIn(unlock.first)), BytesIn(unlock.count));
+    if (unlock.count > 0)
+      MunlockPages(file.host_address(BytesIn(unlock.first)), BytesIn(unlock.count));
     locked_pages_ -= unlock.count;
     if (pinned.empty()) pinned_.erase(file.identity());
   }

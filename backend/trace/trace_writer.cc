@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <zstd.h>
 
@@ -19,9 +20,22 @@ constexpr int kCompressionLevel = 6;
 
 }  // namespace
 
+Result<void> TraceWriter::CheckPath(const std::string& path) {
+  const UniqueFd fd(open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0600));
+  if (!fd.is_valid()) return FailSystem(errno, fmt::format("cannot create the trace {}", path));
+  return {};
+}
+
 Result<std::unique_ptr<TraceWriter>> TraceWriter::Create(const std::string& path) {
   UniqueFd fd(open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600));
-  if (!fd.is_valid()) return FailSystem(errno, fmt::format("cannot create the trace {}", path));
+  struct stat status = {};
+  if (!fd.is_valid() || fstat(fd.get(), &status) != 0) {
+    return FailSystem(errno, fmt::format("cannot create the trace {}", path));
+  }
+  // Also a file that was there before is closed to others, before guest memory goes into it.
+  if (S_ISREG(status.st_mode) && fchmod(fd.get(), 0600) != 0) {
+    return FailSystem(errno, fmt::format("cannot make the trace {} private", path));
+  }
   std::unique_ptr<TraceWriter> writer(new TraceWriter(path, std::move(fd)));
   std::array<char, kTraceHeaderSize> header = {};
   std::copy(kTraceMagic.begin(), kTraceMagic.end(), header.begin());

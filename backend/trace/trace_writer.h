@@ -28,6 +28,8 @@ namespace mvgpu::backend {
 // A write error (disk full) ends the recording, not the VM: error() says so from then on.
 class TraceWriter final : public SessionObserver {
  public:
+  // Whether Create() could open the file; makes it if it is not there. Errors: kSystem.
+  static Result<void> CheckPath(const std::string& path);
   // Creates or truncates the file, mode 0600: a trace holds guest memory. Errors: kSystem.
   static Result<std::unique_ptr<TraceWriter>> Create(const std::string& path);
   ~TraceWriter() override;

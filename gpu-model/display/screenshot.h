@@ -14,8 +14,8 @@
 namespace mvgpu::gpu {
 
 // Keeps a copy of what each scanout shows, to be saved as a picture at any time. A scanout that was
-// switched off keeps the last picture it showed: guests switch off when they end, and what they drew
-// before is what a screenshot of the end is for.
+// switched off keeps the last picture it showed: guests switch off when they end, and what they
+// drew before is what a screenshot of the end is for.
 //
 // Thread-safe: the device's thread brings frames, any other saves them.
 class Screenshot final : public Display {
@@ -23,8 +23,8 @@ class Screenshot final : public Display {
   void on_frame(uint32_t scanout, const FrameView& frame, const Rect& damage) override;
   void on_disabled(uint32_t) override {}
 
-  // Errors: kInvalid when the scanout has never shown anything, and those of WritePng(). Not called on a path
-  // where the device waits: encoding takes tens of milliseconds, without the lock.
+  // Errors: kInvalid when the scanout has never shown anything, and those of WritePng(). Not called
+  // on a path where the device waits: encoding takes tens of milliseconds, without the lock.
   Result<void> save_png(const std::string& path, uint32_t scanout = 0) const;
   // FrameHash() of the picture; nullopt when the scanout has never shown anything.
   std::optional<uint64_t> hash(uint32_t scanout) const;

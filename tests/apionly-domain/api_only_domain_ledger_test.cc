@@ -1,4 +1,5 @@
-// The domain with a real ledger and real mlock: what it says, what others read, what the kernel counts.
+// The domain with a real ledger and real mlock: what it says, what others read, what the kernel
+// counts.
 
 #include <gtest/gtest.h>
 
@@ -27,7 +28,8 @@ class Owner final : public PinOwner {
 class ApiOnlyDomainLedgerTest : public LedgerFixture {
  protected:
   std::unique_ptr<ApiOnlyDomain> MakeDomain(Ledger& ledger, std::string name) {
-    auto domain = ApiOnlyDomain::Create({.name = std::move(name)}, MakeMlockPinBackend(), &ledger, nullptr);
+    auto domain =
+        ApiOnlyDomain::Create({.name = std::move(name)}, MakeMlockPinBackend(), &ledger, nullptr);
     EXPECT_THAT(domain, IsOk());
     EXPECT_THAT(container_.attach(domain->get()), IsOk());
     return std::move(*domain);

@@ -184,8 +184,7 @@ TEST_F(LedgerCrashTest, FileThatWasRemovedUnderItsRowsIsNotLeftBehindInTwoParts)
   auto ledger = Open();
   auto mine = Join(*ledger, "mine");
   ASSERT_EQ(unlink(path().c_str()), 0);
-  EXPECT_THAT(ledger->join(DomainKind::kApiOnly, "second", "none"),
-              FailsWith(ErrorCode::kRevoked));
+  EXPECT_THAT(ledger->join(DomainKind::kApiOnly, "second", "none"), FailsWith(ErrorCode::kRevoked));
   mine.reset();
   EXPECT_THAT(ledger->join(DomainKind::kApiOnly, "second", "none"), IsOk());
 }

@@ -188,8 +188,7 @@ TEST_F(LedgerTest, SixtyFourDomainsJoinAndTheNextOneWhenOneHasLeft) {
   auto ledger = Open();
   std::vector<std::unique_ptr<LedgerRow>> rows;
   for (int i = 0; i < 64; ++i) rows.push_back(Join(*ledger));
-  EXPECT_THAT(ledger->join(DomainKind::kApiOnly, "one more", "none"),
-              FailsWith(ErrorCode::kLimit));
+  EXPECT_THAT(ledger->join(DomainKind::kApiOnly, "one more", "none"), FailsWith(ErrorCode::kLimit));
   rows[20].reset();
   auto late = Join(*ledger, "late");
   EXPECT_THAT(late->hold(kRam, 10, {0, 10}), IsOk());

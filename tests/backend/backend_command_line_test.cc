@@ -81,11 +81,18 @@ TEST_F(BackendCommandLineTest, MistakesAreOneLineAndExitCodeTwo) {
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=lots"}, 2), HasSubstr("lots"));
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=99999999999999999999G"}, 2),
               HasSubstr("pin-limit"));
+  EXPECT_THAT(ExpectRefuses({path, "--pin-limit=0"}, 2), HasSubstr("less than a page"));
   EXPECT_THAT(ExpectRefuses({"--fd=-7"}, 2), HasSubstr("--fd"));
   EXPECT_THAT(ExpectRefuses({"--fd=zero"}, 2), HasSubstr("--fd"));
   EXPECT_THAT(ExpectRefuses({path, "--vm-uuid=nobody"}, 2), HasSubstr("nobody"));
   EXPECT_THAT(ExpectRefuses({"--socket-path="}, 2), HasSubstr("--socket-path"));
   EXPECT_FALSE(std::filesystem::exists(socket_path()));
+}
+
+TEST_F(BackendCommandLineTest, TraceThatCannotBeMadeIsNoticedAtTheStart) {
+  const std::string trace = dir_ / "no/such/dir/t";
+  EXPECT_THAT(ExpectRefuses({"--socket-path=" + socket_path(), "--record=" + trace}, 1),
+              HasSubstr("cannot create the trace " + trace));
 }
 
 TEST_F(BackendCommandLineTest, SocketThatCannotBeUsedIsOneLineAndExitCodeThree) {

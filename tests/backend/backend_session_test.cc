@@ -373,8 +373,10 @@ TEST_F(BackendSessionTest, TraceOfABackendThatWasKilledReplaysAsFarAsItGoes) {
   EXPECT_GT(outcome.frame_hashes.size(), 0u);
 }
 
-TEST_F(BackendSessionTest, TraceThatCannotBeWrittenTurnsTheVmmAway) {
-  Start({"--record=" + (dir_ / "no/such/dir/t")});
+TEST_F(BackendSessionTest, TraceThatCannotBeWrittenAnyMoreTurnsTheVmmAway) {
+  std::filesystem::create_directory(dir_ / "traces");
+  Start({"--record=" + (dir_ / "traces/t")});
+  std::filesystem::remove_all(dir_ / "traces");
   auto vm = ConnectVm();
   EXPECT_TRUE(vm->device.is_hung_up());
   EXPECT_NE(backend_->wait_for_err("cannot create the trace"), std::string::npos);

@@ -128,10 +128,14 @@ TEST_F(TraceWriterTest, OnlyTheUserCanReadIt) {
   EXPECT_EQ(status.st_mode & 07777, 0600u);
 }
 
-TEST_F(TraceWriterTest, TraceOfBeforeIsReplaced) {
+TEST_F(TraceWriterTest, TraceOfBeforeIsReplacedAndClosedToOthers) {
   testing::WriteFile(path_, Noise(100000));
+  ASSERT_EQ(chmod(path_.c_str(), 0644), 0);
   ASSERT_THAT(Open()->finish("{}"), IsOk());
   EXPECT_EQ(Records().size(), 1u);
+  struct stat status = {};
+  ASSERT_EQ(stat(path_.c_str(), &status), 0);
+  EXPECT_EQ(status.st_mode & 07777, 0600u);
 }
 
 TEST_F(TraceWriterTest, WriterThatIsDroppedLeavesAWholeStreamWithoutSummary) {

@@ -289,8 +289,9 @@ TEST_F(VirtioPciTest, ARequestWhoseResponseCannotBeWrittenIsNotTaken) {
 }
 
 TEST_F(VirtioPciTest, AResponseIntoReadOnlyMemoryStopsTheQueue) {
-  ASSERT_THAT(device_->dma_map(ram_.map_request(0x7000'0000'0000, 0, kPageSize, domain::Access::kRead)),
-              IsOk());
+  ASSERT_THAT(
+      device_->dma_map(ram_.map_request(0x7000'0000'0000, 0, kPageSize, domain::Access::kRead)),
+      IsOk());
   StartDriver(kAllFeatures);
   queue_.add(Chain().readable("x").raw(0x7000'0000'0000, 64, kVringDescWrite));
   EXPECT_FALSE(device_->process_one(0));

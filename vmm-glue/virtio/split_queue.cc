@@ -214,8 +214,7 @@ Result<void> SplitQueue::CheckRoomForResponse(const QueueRequest& request) const
   for (const IovaRange& segment : request.writable_segments_) {
     MVGPU_RETURN_IF_ERROR(domain_->check(segment, domain::Access::kWrite));
   }
-  const auto used =
-      IovaRange::FromStartAndSize(options_.used, ring::UsedEntry(options_.size));
+  const auto used = IovaRange::FromStartAndSize(options_.used, ring::UsedEntry(options_.size));
   return domain_->check(*used, domain::Access::kWrite);  // in range: checked by Create()
 }
 

@@ -72,10 +72,10 @@ class SplitQueue {
   // touched.
   static Result<std::unique_ptr<SplitQueue>> Create(domain::ApiOnlyDomain* domain, Options options);
 
-  // False: there is nothing. The driver will then notify when it adds something. On an error nothing
-  // was taken: the same request comes again. kNotMapped or kBusy: the VMM has taken memory of the
-  // rings or of the request away, maybe to map it again at once. A request whose response could not
-  // be written is not taken either.
+  // False: there is nothing. The driver will then notify when it adds something. On an error
+  // nothing was taken: the same request comes again. kNotMapped or kBusy: the VMM has taken memory
+  // of the rings or of the request away, maybe to map it again at once. A request whose response
+  // could not be written is not taken either.
   Result<bool> pop(QueueRequest* request);
   // REQUIRES: response.size() <= request.writable_size().
   Result<void> respond(const QueueRequest& request, std::span<const std::byte> response);

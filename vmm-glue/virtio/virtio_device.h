@@ -6,9 +6,9 @@
 
 namespace mvgpu::glue {
 
-// A virtio device behind a transport: its identity, features, configuration space and what it does with a
-// buffer. It never sees rings, descriptors or guest addresses of its requests.
-// Not thread-safe: one thread at a time.
+// A virtio device behind a transport: its identity, features, configuration space and what it does
+// with a buffer. It never sees rings, descriptors or guest addresses of its requests. Not
+// thread-safe: one thread at a time.
 class VirtioDevice {
  public:
   virtual ~VirtioDevice() = default;
@@ -23,8 +23,8 @@ class VirtioDevice {
   virtual void read_config(uint32_t offset, std::span<std::byte> data) const = 0;
   virtual void write_config(uint32_t offset, std::span<const std::byte> data) = 0;
 
-  // Handles one request, copied out of guest memory. `response` is as long as the guest's writable part
-  // (at most the transport's limit). Returns the number of response bytes written.
+  // Handles one request, copied out of guest memory. `response` is as long as the guest's writable
+  // part (at most the transport's limit). Returns the number of response bytes written.
   virtual uint32_t handle(uint16_t queue, std::span<const std::byte> request,
                           std::span<std::byte> response) = 0;
   // Device status 0, or a PCI reset: everything the driver set up has gone.
