@@ -42,9 +42,7 @@ void InstallSigbusHandler() {
   std::call_once(once, [] {
     struct sigaction action = {};
     action.sa_sigaction = OnSigbus;
-    // NODEFER: siglongjmp() leaves the handler for good, so the signal must not stay blocked. That
-    // saves a system call per copy, which saving the signal mask in sigsetjmp() would cost.
-    action.sa_flags = SA_SIGINFO | SA_NODEFER;
+    action.sa_flags = SA_SIGINFO;
     sigemptyset(&action.sa_mask);
     sigaction(SIGBUS, &action, &previous_sigbus_action);
   });
@@ -78,11 +76,21 @@ void CopyBytes(void* destination, const void* source, size_t size) {
   std::memcpy(destination, source, size);
 }
 
+// siglongjmp() left the handler for good, and the signal blocked. Done here and not by sigsetjmp(),
+// which would have to save the mask with a system call for every copy.
+void UnblockSigbus() {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGBUS);
+  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
+}
+
 // A copy that returns false instead of raising SIGBUS.
 [[gnu::noinline]] bool GuardedCopy(void* destination, const void* source, size_t size) {
   sigjmp_buf target;
   if (sigsetjmp(target, /*savemask=*/0) != 0) {
     fault_target = nullptr;
+    UnblockSigbus();
     return false;
   }
   fault_target = &target;
