@@ -1,6 +1,6 @@
 // The domain against a naive reference: random maps, unmaps, pins and releases, compared after each
 // step with a map from page to count. MVGPU_MODEL_STEPS sets the number of operations per seed
-// (default 4000).
+// (default 20000).
 
 #include <gtest/gtest.h>
 
@@ -192,7 +192,7 @@ class ApiOnlyDomainModelTest : public ::testing::TestWithParam<unsigned> {};
 
 TEST_P(ApiOnlyDomainModelTest, AgreesWithAMapOfPages) {
   const char* steps = std::getenv("MVGPU_MODEL_STEPS");
-  const long count = steps != nullptr ? std::atol(steps) : 4000;
+  const long count = steps != nullptr ? std::atol(steps) : 20000;
   Model model(GetParam());
   for (long step = 0; step < count; ++step) {
     ASSERT_NO_FATAL_FAILURE(model.Step()) << "seed " << GetParam() << " step " << step;

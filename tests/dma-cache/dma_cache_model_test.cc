@@ -1,6 +1,6 @@
 // The cache against a naive reference: random uses, releases, unmaps and re-maps; after each step
 // every page's users, the mapper's pages and the pins agree. MVGPU_MODEL_STEPS: operations per seed
-// (default 3000).
+// (default 30000).
 
 #include <gtest/gtest.h>
 
@@ -167,7 +167,7 @@ class DmaCacheModelTest : public ::testing::TestWithParam<unsigned> {};
 
 TEST_P(DmaCacheModelTest, AgreesWithACountPerPage) {
   const char* steps = std::getenv("MVGPU_MODEL_STEPS");
-  const long count = steps != nullptr ? std::atol(steps) : 3000;
+  const long count = steps != nullptr ? std::atol(steps) : 30000;
   Model model(GetParam());
   for (long step = 0; step < count; ++step) {
     ASSERT_NO_FATAL_FAILURE(model.Step()) << "seed " << GetParam() << " step " << step;
