@@ -35,17 +35,11 @@ class Address {
   constexpr uint64_t operator-(Address other) const { return value_ - other.value_; }
   constexpr auto operator<=>(const Address&) const = default;
 
-  template <typename H>
-  friend H AbslHashValue(H h, const Address& a) {
-    return H::combine(std::move(h), a.value_);
-  }
-
  private:
   uint64_t value_ = 0;
 };
 
 using Iova = Address<struct IovaKind>;  // what the device puts on the bus; the VMM maps it
-using GuestPhys = Address<struct GuestPhysKind>;
 using DmaAddr = Address<struct DmaAddrKind>;  // what dma_map_page returned, the device's own view
 
 // A non-empty half-open range [start, start + size) that never wraps. It may end at 2^64, so that

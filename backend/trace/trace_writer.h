@@ -25,7 +25,7 @@ namespace mvgpu::backend {
 // Writes a trace (trace_format.h). Not thread-safe: everything it hears of happens under the vGPU's
 // lock, and the order of the calls is the order of the trace.
 //
-// A write error (disk full) ends the recording, not the VM: error() says so from then on.
+// A write error (disk full) ends the recording, not the VM: finish() says so.
 class TraceWriter final : public SessionObserver {
  public:
   // Whether Create() could open the file; makes it if it is not there. Errors: kSystem.
