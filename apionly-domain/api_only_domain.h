@@ -4,57 +4,52 @@
 // iommu domain on qemu-devel, May 2016). Where a hardware domain programs translations into a
 // device, this one stores them for later requests:
 //
-//   translate   IOVA -> backing page, checked against holes, permissions and the end of mappings
+//   translate   IOVA -> host address, checked against holes, permissions and the end of mappings
 //   read/write  a CPU copy without a pin, for rings, descriptors and commands (VFIO's vfio_dma_rw)
-//   pin         a hold on pages that a device will touch later (VFIO's vfio_pin_pages): the pages
-//   are locked
-//               by the pin back end and charged in the VM's ledger when the first holder comes, and
-//               let go when the last one leaves
+//   pin         a hold on pages that a device will touch later (VFIO's vfio_pin_pages), through a
+//               PinContext: the pages are locked by the pin back end and charged in the VM's ledger
+//               when the first holder comes, and let go when the last one leaves
+//   dirty log   which pages were written, by copies and through pins, since the VMM last asked
 //
 // Invariants
-//   - A page is pinned by the back end iff at least one PinnedRange covers it; identity is (file,
-//   page),
+//   - A page is pinned by the back end iff at least one context holds it; identity is (file, page),
 //     so a page seen at two IOVAs is pinned and charged once.
-//   - No PinnedRange reaches memory whose mapping has gone: on_unmap() makes every owner let go
-//   first.
-//   - A failed pin changes nothing.
+//   - No pin and no copy reaches memory whose mapping has gone: on_unmap() marks the mappings as
+//     going, so that nothing new starts, waits for copies, makes every owner let go, and refuses
+//     the unmap, naming the holders, when one does not in time.
+//   - What a context holds changes only under the pin lock. So hits (counts that go up and down
+//     above zero) need nothing but the context's own lock, and misses see all contexts stand still.
 //
-// Where to read next: container.h (where mappings come from), pinned_range.h (what a pin returns),
-// pin/pin_backend.h, accounting/ledger.h, memory/guest_file.h (the only class that touches guest
-// memory).
+// Where to read next: translation/page_directory.h (IOVA -> host), pin/pin_context.h (hits),
+// miss_path.cc (first pins and last releases), unmap.cc (revocation), pin/ (how pages are held),
+// accounting/ledger.h (who pays).
 
-#include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include <absl/container/btree_map.h>
-#include <absl/container/flat_hash_map.h>
+#include <absl/container/inlined_vector.h>
 
 #include "apionly-domain/accounting/ledger.h"
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
 #include "apionly-domain/base/mutex.h"
-#include "apionly-domain/container.h"
+#include "apionly-domain/dirty_log.h"
+#include "apionly-domain/domain.h"
+#include "apionly-domain/pin/mapped_files.h"
 #include "apionly-domain/pin/pin_backend.h"
-#include "apionly-domain/pinned_range.h"
-#include "apionly-domain/run_counter.h"
+#include "apionly-domain/pin/pin_context.h"
+#include "apionly-domain/pin/pinned_range.h"
+#include "apionly-domain/translation/access_slots.h"
+#include "apionly-domain/translation/page_directory.h"
 
 namespace mvgpu::domain {
-
-// Somebody who pins. Only the owner's own handles can release its pins.
-class PinOwner {
- public:
-  virtual ~PinOwner() = default;
-  virtual std::string_view pin_owner_name() const = 0;
-  // The mappings in the range are about to go. The owner releases what it holds there before it
-  // returns, or the unmap is refused in its name. Called without the domain's lock: releasing is
-  // allowed here, and new pins in the range fail with kBusy until the unmap is done.
-  virtual void on_revoke(IovaRange range) = 0;
-};
 
 // Sees the guest bytes that leave guest memory, in the order in which they are used. For recording.
 class AccessObserver {
@@ -63,12 +58,26 @@ class AccessObserver {
   virtual void on_guest_read(Iova iova, std::span<const std::byte> bytes) = 0;
 };
 
-// Thread-safe. Lock order: the container's lock, an owner's lock, then this one.
+// Reaches guest memory that has no file, by asking the VMM for it (vfio-user's DMA_READ and
+// DMA_WRITE). Slow: a round trip for each call. Thread-safe.
+class RemoteMemory {
+ public:
+  virtual ~RemoteMemory() = default;
+  // Errors: kNotReachable, kSystem; something undefined was copied then.
+  virtual Result<void> read(Iova iova, std::span<std::byte> destination) = 0;
+  virtual Result<void> write(Iova iova, std::span<const std::byte> source) = 0;
+};
+
+// Thread-safe. Lock order: the container's change lock, an owner's lock, then the pin lock, then a
+// context's lock.
 class ApiOnlyDomain final : public Domain {
  public:
   struct Options {
     std::string name = "api-only";
     uint64_t pin_limit_pages = UINT64_MAX;  // unique pages that may be pinned at a time
+    // How long holders have to let go of memory that the VMM unmaps. The VMM stands still so long.
+    std::chrono::milliseconds unmap_deadline{50};
+    RemoteMemory* remote = nullptr;  // null: memory without a file cannot be reached
   };
   struct Counters {
     uint64_t mapped_pages = 0;        // with a file behind
@@ -77,33 +86,56 @@ class ApiOnlyDomain final : public Domain {
     uint64_t peak_unique_pages = 0;   // the most of them at a time
     uint64_t charged_pages = 0;       // of the unique ones, charged to this domain
     uint64_t locked_pages = 0;        // held by the pin back end, granules included
-    uint64_t pin_calls = 0;           // successful ones since creation
+    uint64_t pin_calls = 0;           // successful ones since creation, see PinContext
     uint64_t pages_pinned = 0;        // page holds taken since creation
     uint64_t pages_locked_first = 0;  // of these, pages that nobody held before
     uint64_t revocations = 0;         // owners told to let go
   };
-
   // The ledger and the observer (may be null) must outlive the domain. Errors: those of
   // Ledger::join().
   static Result<std::unique_ptr<ApiOnlyDomain>> Create(Options options,
                                                        std::unique_ptr<PinBackend> backend,
                                                        Ledger* ledger, AccessObserver* observer);
-  // REQUIRES: detached from its container, all pins released.
+  // REQUIRES: detached from its container, all contexts closed.
   ~ApiOnlyDomain() override;
 
-  // Pins every page that the range touches. The range may lie over any number of adjacent mappings.
-  // Errors: kNotMapped (hole), kPermission, kNotReachable (no file), kBusy (about to be unmapped),
-  // kLimit, kTruncated, kSystem. `owner` must outlive the handle and every unmap under way.
-  Result<PinnedRange> pin(IovaRange range, Access access, PinOwner* owner);
+  // A way to pin for this owner. `owner` must outlive the context and every unmap under way, the
+  // context must not outlive the domain.
+  std::unique_ptr<PinContext> open_context(PinOwner* owner);
 
-  // Whether pin() would find every page of the range mapped, reachable and allowed. Errors as
-  // pin().
+  // Whether a pin would find every page of the range mapped, reachable and allowed. Errors as
+  // PinContext::pin().
   Result<void> check(IovaRange range, Access access) const;
 
-  // CPU copies without a pin. Errors: kNotMapped, kPermission, kNotReachable, kTruncated. On an
-  // error nothing (write) or something undefined (read) was copied.
+  // A section in which translations are looked up. What it finds stays true until its end: unmaps
+  // wait for that, so it is for a batch of lookups, not for keeping.
+  class Translator {
+   public:
+    explicit Translator(const ApiOnlyDomain& domain)
+        : directory_(domain.directory_), section_(domain.slots_) {}
+    // The host address of an IOVA; null when it is not mapped, not reachable, not allowed, or about
+    // to be unmapped. Not to be dereferenced: see GuestFile.
+    std::byte* translate(Iova iova, Access access) const {
+      const PageDirectory::Found found = directory_.find(iova);
+      const bool usable = PageDirectory::IsUsable(found.flags, static_cast<uint64_t>(access));
+      return usable ? found.host : nullptr;
+    }
+    // For a translation that is kept outside: it was true as long as its generation is the one that
+    // the address has now. Read the generation first, translate then.
+    uint64_t generation(Iova iova) const { return directory_.generation(iova); }
+
+   private:
+    const PageDirectory& directory_;
+    AccessSlots::Section section_;
+  };
+
+  // CPU copies without a pin. Errors: kNotMapped, kPermission, kNotReachable, kBusy (about to be
+  // unmapped), kTruncated, kInvalid (wraps). Nothing is copied unless the whole range is mapped and
+  // allows it; on a later error something undefined was copied.
   Result<void> read(Iova iova, std::span<std::byte> destination) const;
   Result<void> write(Iova iova, std::span<const std::byte> source);
+  // From guest memory to guest memory. Also kInvalid: the ranges of IOVAs overlap.
+  Result<void> copy(Iova to, Iova from, uint64_t size);
   // A copy out of pages that are pinned; no translation is needed.
   // REQUIRES: the run is part of a live PinnedRange and contains [iova, iova + size).
   Result<void> read_pinned(const PinnedRun& run, Iova iova, std::span<std::byte> destination) const;
@@ -112,54 +144,115 @@ class ApiOnlyDomain final : public Domain {
   // before. It is an ordinary write, preceded by a release fence.
   Result<void> publish(Iova iova, std::span<const std::byte> source);
 
+  // The pages behind a run. REQUIRES: the run is part of a live PinnedRange.
+  FilePages backing_of(const PinnedRun& run) const;
+
+  // Dirty tracking. From start on, writes and pins for write mark pages by IOVA; mappings that are
+  // added later join by themselves, and marks outlive their mapping until they are read.
+  void start_dirty_log();
+  void stop_dirty_log();
+  // See DirtyLog::read(). Pages that are pinned for write are dirty in every round. Errors:
+  // kInvalid (also while the log is off).
+  Result<void> read_dirty(IovaRange range, uint64_t bit_size, DirtyLog::Read read,
+                          std::span<uint64_t> bitmap);
+
+  // Who holds pages in a range: what a refused unmap names.
+  struct Holder {
+    std::string owner;
+    uint64_t pages = 0;  // distinct IOVA pages
+    Iova first;
+  };
+  std::vector<Holder> holders(IovaRange range) const;
+
   Counters counters() const;
 
   std::string_view name() const override { return options_.name; }
   Result<void> on_map(const Mapping& mapping) override;
-  Result<void> on_unmap(IovaRange range) override;
-  void on_unmap_done(IovaRange range, bool unmapped) override;
+  Result<void> on_unmap(const Unmapping& unmapping) override;
+  void on_unmap_done(const Unmapping& unmapping, bool unmapped) override;
 
  private:
-  friend class PinnedRange;  // releases itself
+  friend class PinContext;  // hits read the directory; misses come here
 
-  struct FilePins {
-    std::shared_ptr<GuestFile> file;
-    RunCounter pages;
+  using Deadline = std::chrono::steady_clock::time_point;
+  // A contiguous piece of a CPU copy. host is null where the VMM has to be asked.
+  struct Piece {
+    IovaRange iova;
+    std::byte* host;
+    // REQUIRES: iova contains [start, start + size).
+    Piece slice(Iova start, uint64_t size) const {
+      return {IovaRange::FromFirstAndLast(start, start + (size - 1)),
+              host == nullptr ? nullptr : host + (start - iova.start())};
+    }
   };
+  using Pieces = absl::InlinedVector<Piece, 2>;
 
   ApiOnlyDomain(Options options, std::unique_ptr<PinBackend> backend, AccessObserver* observer);
 
-  // Calls `visit(const Mapping&, IovaRange part)` for each mapping behind the range, in order,
-  // until it fails. Errors: kNotMapped, kPermission, kNotReachable, or what the visitor returned.
-  template <typename Visit>
-  Result<void> WalkLocked(IovaRange range, Access access, Visit visit) const
-      ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  std::vector<PinOwner*> HoldersLocked(IovaRange range) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  // Pins and charges runs that nobody held before: all of them, or none and an error.
-  Result<void> HoldLocked(const GuestFile& file, const std::vector<PageRun>& fresh)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void LetGoLocked(const GuestFile& file, PageRun pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  Result<void> PinRunLocked(const PinnedRun& run) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void UnpinRunLocked(const PinnedRun& run) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void release(std::span<const PinnedRun> runs, PinOwner* owner);
-  tl::unexpected<Error> CopyRangeError(Iova iova, uint64_t size) const;
-  void PublishCountsLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // miss_path.cc: what changes which pages are held.
+  Result<void> PinMiss(PinContext* context, IovaRange pages, Access access, PinCounts::Form form,
+                       PinnedRuns* runs);
+  void ReleaseMiss(PinContext* context, PageRun run, bool for_write, PinCounts::Form form);
+  void CloseContext(PinContext* context);
+  // The pages behind these IOVA pages that no context holds, here or at other IOVAs that show them;
+  // each once.
+  std::vector<FilePages> UnheldLocked(std::vector<PageRun> unheld) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // Appends those of the pages that no context holds at any of the IOVAs that show them.
+  void AppendUnaliasedLocked(const FilePages& pages, std::vector<FilePages>* parts) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  void SubtractHeldLocked(std::vector<PageRun>* runs) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // Pins and charges pages that nobody held before: all of them, or none and an error.
+  Result<void> HoldLocked(std::span<const FilePages> fresh)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  Result<void> HoldOneLocked(const FilePages& fresh) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  void LetGoLocked(const FilePages& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  void PublishCountsLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  uint64_t PinnedPagesLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+
+  // unmap.cc
+  std::vector<PinContext*> HoldingContextsLocked(const Unmapping& unmapping) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  bool WaitForReleases(const Unmapping& unmapping, Deadline deadline);
+  tl::unexpected<Error> HeldError(const Unmapping& unmapping) const;
+  void RemoveFileless(IovaRange range);
+  void FreeRetiredTables();
+
+  // cpu_access.cc
+  Result<IovaRange> CopyRange(Iova iova, uint64_t size) const;
+  Result<Pieces> PiecesOf(IovaRange range, Access access) const;
+  Result<void> ReadPiece(const Piece& piece, std::span<std::byte> to) const;
+  Result<void> WritePiece(const Piece& piece, std::span<const std::byte> from);
+  Result<void> CopyPiece(const Piece& from, const Piece& to);  // REQUIRES: of the same size
+  void MarkWritten(IovaRange range);
+  std::optional<Mapping> FilelessAt(Iova iova) const;
+  // Why a walk over `range` stopped.
+  Error StopError(IovaRange range, PageDirectory::Stop stop, Access access) const;
+  Error TruncatedError(Iova iova, uint64_t size) const;
 
   const Options options_;
   AccessObserver* const observer_;  // outlives this, see Create()
 
   const std::string backend_name_;
 
-  mutable Mutex mutex_;
-  const std::unique_ptr<PinBackend> backend_ ABSL_PT_GUARDED_BY(mutex_);
+  PageDirectory directory_;
+  mutable AccessSlots slots_;
+  DirtyLog dirty_;
+
+  mutable Mutex fileless_mutex_;                                                  // innermost
+  absl::btree_map<uint64_t, Mapping> fileless_ ABSL_GUARDED_BY(fileless_mutex_);  // by first IOVA
+
+  mutable Mutex pin_mutex_;
+  ConditionVariable released_;  // a context let go of pages while an unmap waits
+  const std::unique_ptr<PinBackend> backend_ ABSL_PT_GUARDED_BY(pin_mutex_);
   std::unique_ptr<LedgerRow> ledger_row_;  // set once by Create(); locks itself
-  absl::btree_map<uint64_t, Mapping> mappings_ ABSL_GUARDED_BY(mutex_);  // by first IOVA; disjoint
-  std::vector<IovaRange> revoking_ ABSL_GUARDED_BY(mutex_);              // unmaps under way
-  absl::flat_hash_map<FileIdentity, FilePins> pins_by_file_ ABSL_GUARDED_BY(mutex_);
-  absl::flat_hash_map<PinOwner*, RunCounter> pins_by_owner_
-      ABSL_GUARDED_BY(mutex_);                          // by IOVA page
-  uint32_t granule_pages_ ABSL_GUARDED_BY(mutex_) = 1;  // the largest, as the ledger shows it
-  Counters counters_ ABSL_GUARDED_BY(mutex_);
+  std::vector<PinContext*> contexts_ ABSL_GUARDED_BY(pin_mutex_);
+  MappedFiles files_ ABSL_GUARDED_BY(pin_mutex_);
+  bool unmap_waits_ ABSL_GUARDED_BY(pin_mutex_) = false;
+  uint32_t granule_pages_ ABSL_GUARDED_BY(pin_mutex_) = 1;  // the largest, as the ledger shows it
+  // Without what the contexts count themselves; of closed contexts, what they counted.
+  Counters counters_ ABSL_GUARDED_BY(pin_mutex_);
 };
 
 }  // namespace mvgpu::domain

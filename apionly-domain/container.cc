@@ -26,169 +26,246 @@ Result<IovaRange> AlignedRange(Iova start, uint64_t size) {
   return *range;
 }
 
+// REQUIRES: not empty.
+template <typename Mappings>
+Unmapping AllOf(const Mappings& mappings) {
+  return {IovaRange::FromFirstAndLast(mappings.front().iova.start(), mappings.back().iova.last()),
+          mappings};
+}
+
+// Makes the domains let go of the mappings; either all did, or all go on as if nothing had been
+// asked.
+Result<void> Revoke(const Unmapping& unmapping, std::span<Domain* const> domains) {
+  Result<void> outcome;
+  size_t asked = 0;
+  for (; asked < domains.size() && outcome; ++asked) outcome = domains[asked]->on_unmap(unmapping);
+  for (Domain* domain : domains.first(asked)) domain->on_unmap_done(unmapping, outcome.has_value());
+  return outcome;
+}
+
 }  // namespace
 
 Container::~Container() { MVGPU_CHECK(domains_.empty()); }
 
 Result<void> Container::map(MapRequest request) {
   MVGPU_ASSIGN_OR_RETURN(const IovaRange range, AlignedRange(request.iova, request.size));
+  MutexLock change(change_mutex_);
+  MVGPU_ASSIGN_OR_RETURN(const Mapping mapping, MappingFor(std::move(request), range));
+  MVGPU_ASSIGN_OR_RETURN(const bool is_new, CheckNew(mapping));
+  if (!is_new) return {};
+  for (size_t i = 0; i < domains_.size(); ++i) {
+    if (auto told = domains_[i]->on_map(mapping); !told) {
+      const Unmapping undo{range, {&mapping, 1}};
+      for (size_t k = 0; k < i; ++k) domains_[k]->on_unmap_done(undo, /*unmapped=*/true);
+      return told;
+    }
+  }
+  AddToTable(mapping);
+  return {};
+}
+
+Result<Mapping> Container::MappingFor(MapRequest request, IovaRange range) {
+  Mapping mapping{range, request.access, nullptr, request.file_offset};
+  if (!request.fd.is_valid()) return mapping;
   if ((request.file_offset & kPageMask) != 0) {
     return Fail(ErrorCode::kInvalid, fmt::format("file offset {:#x} of {} is not page-aligned",
                                                  request.file_offset, Describe(range)));
   }
-  MutexLock lock(mutex_);
-  Mapping mapping{range, request.access, nullptr, request.file_offset};
-  if (request.fd.is_valid()) {
-    MVGPU_ASSIGN_OR_RETURN(mapping.file, FileOfLocked(std::move(request.fd)));
-    const auto file_end = CheckedAdd(request.file_offset, request.size);
-    if (!file_end || *file_end > mapping.file->size()) {
-      return Fail(
-          ErrorCode::kInvalid,
-          fmt::format("{} needs {} bytes at offset {:#x} of a file of {} bytes", Describe(range),
-                      request.size, request.file_offset, mapping.file->size()));
-    }
-    if (Allows(request.access, Access::kWrite) && !mapping.file->is_writable()) {
-      return Fail(
-          ErrorCode::kPermission,
-          fmt::format("{} is to be writable, but its file was opened read-only", Describe(range)));
-    }
+  MVGPU_ASSIGN_OR_RETURN(mapping.file, FileOf(std::move(request.fd)));
+  const auto file_end = CheckedAdd(request.file_offset, request.size);
+  if (!file_end || *file_end > mapping.file->size()) {
+    return Fail(
+        ErrorCode::kInvalid,
+        fmt::format("{} needs {} bytes at offset {:#x} of a file of {} bytes", Describe(range),
+                    request.size, request.file_offset, mapping.file->size()));
   }
-  if (const Mapping* other = FirstOverlapLocked(range)) {
-    const bool same = other->iova == range && other->access == mapping.access &&
-                      other->file == mapping.file && other->file_offset == mapping.file_offset;
-    if (same) return {};
-    return Fail(ErrorCode::kOverlap, fmt::format("{} overlaps the mapping of {}; unmap that first",
-                                                 Describe(range), Describe(other->iova)));
+  if (Allows(request.access, Access::kWrite) && !mapping.file->is_writable()) {
+    return Fail(
+        ErrorCode::kPermission,
+        fmt::format("{} is to be writable, but its file was opened read-only", Describe(range)));
   }
-  if (mappings_.size() >= limits_.max_mappings) {
-    return Fail(ErrorCode::kLimit,
-                fmt::format("{} mappings are the limit; {} does not fit, unmap another",
-                            limits_.max_mappings, Describe(range)));
-  }
-  for (size_t i = 0; i < domains_.size(); ++i) {
-    if (auto told = domains_[i]->on_map(mapping); !told) {
-      for (size_t k = 0; k < i; ++k) domains_[k]->on_unmap_done(range, /*unmapped=*/true);
-      return told;
-    }
-  }
-  mappings_.emplace(range.start().value(), std::move(mapping));
-  return {};
+  return mapping;
 }
 
-Result<uint64_t> Container::unmap(Iova start, uint64_t size) {
+Result<bool> Container::CheckNew(const Mapping& mapping) const {
+  ReaderMutexLock lock(table_mutex_);
+  const auto next = mappings_.upper_bound(mapping.iova.last().value());
+  if (next != mappings_.begin()) {
+    const Mapping& other = std::prev(next)->second;
+    if (other.iova == mapping.iova && other.access == mapping.access &&
+        other.file == mapping.file && other.file_offset == mapping.file_offset) {
+      return false;
+    }
+    if (other.iova.overlaps(mapping.iova)) {
+      return Fail(ErrorCode::kOverlap,
+                  fmt::format("{} overlaps the mapping of {}; unmap that first",
+                              Describe(mapping.iova), Describe(other.iova)));
+    }
+  }
+  const bool merges = NeighboursLocked(mapping) > 0;
+  if ((!merges && totals_.merged_mappings >= limits_.max_mappings) ||
+      totals_.mappings >= limits_.max_pieces) {
+    return Fail(ErrorCode::kLimit,
+                fmt::format("{} mappings in {} pieces are there, {} and {} are the limits; {} does "
+                            "not fit, unmap another",
+                            totals_.merged_mappings, totals_.mappings, limits_.max_mappings,
+                            limits_.max_pieces, Describe(mapping.iova)));
+  }
+  if (mapping.file != nullptr &&
+      mapping.pages() > PagesIn(limits_.max_mapped_bytes) - totals_.reachable_pages) {
+    return Fail(ErrorCode::kLimit,
+                fmt::format("{} bytes are mapped and {} is the limit; {} does not fit",
+                            BytesIn(totals_.reachable_pages), limits_.max_mapped_bytes,
+                            Describe(mapping.iova)));
+  }
+  return true;
+}
+
+Result<uint64_t> Container::unmap(Iova start, uint64_t size, Cut cut) {
   MVGPU_ASSIGN_OR_RETURN(const IovaRange range, AlignedRange(start, size));
-  MutexLock lock(mutex_);
-  return UnmapLocked(range);
+  MutexLock change(change_mutex_);
+  MVGPU_ASSIGN_OR_RETURN(const Mappings going, MappingsIn(range, cut));
+  return Unmap(going);
 }
 
 Result<uint64_t> Container::unmap_all() {
-  MutexLock lock(mutex_);
-  return UnmapLocked(std::nullopt);
+  MutexLock change(change_mutex_);
+  const auto everything = IovaRange::FromFirstAndLast(Iova(0), Iova(UINT64_MAX));
+  MVGPU_ASSIGN_OR_RETURN(const Mappings going, MappingsIn(everything, Cut::kRefuse));
+  return Unmap(going);
 }
 
-Result<uint64_t> Container::UnmapLocked(std::optional<IovaRange> range) {
-  std::vector<IovaRange> doomed;
-  uint64_t bytes = 0;
-  for (const auto& [first, mapping] : mappings_) {
-    if (range && !range->overlaps(mapping.iova)) {
-      if (mapping.iova.start() > range->last()) break;
-      continue;
-    }
-    if (range && !range->contains(mapping.iova)) {
+Result<Container::Mappings> Container::MappingsIn(IovaRange range, Cut cut) const {
+  ReaderMutexLock lock(table_mutex_);
+  Mappings found;
+  uint64_t new_pieces = 0;
+  auto it = mappings_.upper_bound(range.start().value());
+  if (it != mappings_.begin()) --it;
+  for (; it != mappings_.end() && it->second.iova.start() <= range.last(); ++it) {
+    const Mapping& mapping = it->second;
+    const auto part = mapping.iova.intersection(range);
+    if (!part) continue;
+    if (*part != mapping.iova && cut == Cut::kRefuse) {
       return Fail(ErrorCode::kWouldSplit,
                   fmt::format("unmap of {} would cut the mapping of {}; unmap it as a whole",
-                              Describe(*range), Describe(mapping.iova)));
+                              Describe(range), Describe(mapping.iova)));
     }
-    doomed.push_back(mapping.iova);
+    if (part->start() > mapping.iova.start() && part->last() < mapping.iova.last()) ++new_pieces;
+    found.push_back(*part == mapping.iova ? mapping : mapping.slice(*part));
+  }
+  if (new_pieces != 0 &&
+      (totals_.merged_mappings >= limits_.max_mappings || totals_.mappings >= limits_.max_pieces)) {
+    return Fail(ErrorCode::kLimit,
+                fmt::format("unmap of {} would split a mapping, and {} are there already",
+                            Describe(range), totals_.merged_mappings));
+  }
+  return found;
+}
+
+Result<uint64_t> Container::Unmap(const Mappings& going) {
+  if (going.empty()) return 0;
+  MVGPU_RETURN_IF_ERROR(Revoke(AllOf(going), domains_));
+  uint64_t bytes = 0;
+  for (const Mapping& mapping : going) {
+    RemoveFromTable(mapping);
     bytes += mapping.iova.size();
   }
-  if (auto told = RevokeLocked(doomed, domains_); !told) {
-    return tl::unexpected<Error>(std::move(told).error());
-  }
-  for (const IovaRange& one : doomed) mappings_.erase(one.start().value());
-  absl::erase_if(files_, [](const auto& entry) { return entry.second.expired(); });
   return bytes;
 }
 
-Result<void> Container::RevokeLocked(const std::vector<IovaRange>& ranges,
-                                     const std::vector<Domain*>& domains) {
-  Result<void> outcome;
-  std::vector<std::pair<Domain*, IovaRange>> asked;
-  for (Domain* domain : domains) {
-    for (const IovaRange& range : ranges) {
-      if (!outcome) break;
-      outcome = domain->on_unmap(range);
-      asked.emplace_back(domain, range);
-    }
+void Container::AddToTable(const Mapping& mapping) {
+  MutexLock lock(table_mutex_);
+  totals_.merged_mappings += 1 - NeighboursLocked(mapping);
+  totals_.mappings += 1;
+  totals_.mapped_pages += mapping.pages();
+  if (mapping.file != nullptr) totals_.reachable_pages += mapping.pages();
+  mappings_.emplace(mapping.iova.start().value(), mapping);
+}
+
+void Container::RemoveFromTable(const Mapping& going) {
+  MutexLock lock(table_mutex_);
+  const auto it = std::prev(mappings_.upper_bound(going.iova.start().value()));
+  const Mapping whole = it->second;
+  mappings_.erase(it);
+  totals_.mappings -= 1;
+  totals_.merged_mappings -= 1 - NeighboursLocked(whole);
+  totals_.mapped_pages -= going.pages();
+  if (going.file != nullptr) totals_.reachable_pages -= going.pages();
+  const auto keep = [&](Iova first, Iova last) ABSL_EXCLUSIVE_LOCKS_REQUIRED(table_mutex_) {
+    const Mapping part = whole.slice(IovaRange::FromFirstAndLast(first, last));
+    totals_.mappings += 1;
+    totals_.merged_mappings += 1 - NeighboursLocked(part);
+    mappings_.emplace(first.value(), part);
+  };
+  if (whole.iova.start() < going.iova.start()) {
+    keep(whole.iova.start(), Iova(going.iova.start().value() - 1));
   }
-  for (auto& [domain, range] : asked) domain->on_unmap_done(range, outcome.has_value());
-  return outcome;
+  if (going.iova.last() < whole.iova.last()) keep(going.iova.last() + 1, whole.iova.last());
+}
+
+uint64_t Container::NeighboursLocked(const Mapping& mapping) const {
+  uint64_t neighbours = 0;
+  const auto next = mappings_.upper_bound(mapping.iova.start().value());
+  if (next != mappings_.end() && mapping.continues_in(next->second)) ++neighbours;
+  if (next != mappings_.begin() && std::prev(next)->second.continues_in(mapping)) ++neighbours;
+  return neighbours;
 }
 
 Result<void> Container::attach(Domain* domain) {
-  MutexLock lock(mutex_);
+  MutexLock change(change_mutex_);
   MVGPU_CHECK(std::find(domains_.begin(), domains_.end(), domain) == domains_.end());
-  std::vector<IovaRange> told_ranges;
-  for (const auto& [first, mapping] : mappings_) {
-    if (auto told = domain->on_map(mapping); !told) {
-      for (const IovaRange& range : told_ranges) domain->on_unmap_done(range, /*unmapped=*/true);
+  const std::vector<Mapping> all = mappings();
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (auto told = domain->on_map(all[i]); !told) {
+      const auto heard = std::span(all).first(i);
+      if (!heard.empty()) domain->on_unmap_done(AllOf(heard), /*unmapped=*/true);
       return told;
     }
-    told_ranges.push_back(mapping.iova);
   }
   domains_.push_back(domain);
   return {};
 }
 
 Result<void> Container::detach(Domain* domain) {
-  MutexLock lock(mutex_);
+  MutexLock change(change_mutex_);
   const auto position = std::find(domains_.begin(), domains_.end(), domain);
   MVGPU_CHECK(position != domains_.end());
-  std::vector<IovaRange> all;
-  for (const auto& [first, mapping] : mappings_) all.push_back(mapping.iova);
-  MVGPU_RETURN_IF_ERROR(RevokeLocked(all, {domain}));
+  const std::vector<Mapping> all = mappings();
+  if (!all.empty()) MVGPU_RETURN_IF_ERROR(Revoke(AllOf(all), {&domain, 1}));
   domains_.erase(position);
   return {};
 }
 
 Container::Totals Container::totals() const {
-  ReaderMutexLock lock(mutex_);
-  Totals totals;
-  totals.mappings = mappings_.size();
-  totals.files = files_.size();
+  ReaderMutexLock lock(table_mutex_);
+  Totals totals = totals_;
+  absl::flat_hash_map<const GuestFile*, bool> files;
   for (const auto& [first, mapping] : mappings_) {
-    totals.mapped_pages += mapping.pages();
-    if (mapping.file) totals.reachable_pages += mapping.pages();
+    if (mapping.file == nullptr || !files.emplace(mapping.file.get(), true).second) continue;
+    ++totals.files;
+    if (!mapping.file->is_sealed_against_shrinking()) ++totals.unsealed_files;
   }
   return totals;
 }
 
 std::vector<Mapping> Container::mappings() const {
-  ReaderMutexLock lock(mutex_);
+  ReaderMutexLock lock(table_mutex_);
   std::vector<Mapping> all;
   for (const auto& [first, mapping] : mappings_) all.push_back(mapping);
   return all;
 }
 
-Result<std::shared_ptr<GuestFile>> Container::FileOfLocked(UniqueFd fd) {
+Result<std::shared_ptr<GuestFile>> Container::FileOf(UniqueFd fd) {
   MVGPU_ASSIGN_OR_RETURN(const FileIdentity identity, GuestFile::IdentityOf(fd.get()));
-  auto& known = files_[identity];
-  if (auto file = known.lock()) return file;
-  auto created = GuestFile::Create(std::move(fd));
-  if (!created) {
-    files_.erase(identity);
-    return tl::unexpected<Error>(std::move(created).error());
+  const auto known = files_.find(identity);
+  if (known != files_.end()) {
+    if (auto file = known->second.lock()) return file;
   }
-  std::shared_ptr<GuestFile> file = std::move(*created);
-  known = file;
+  MVGPU_ASSIGN_OR_RETURN(auto created, GuestFile::Create(std::move(fd)));
+  absl::erase_if(files_, [](const auto& entry) { return entry.second.expired(); });
+  std::shared_ptr<GuestFile> file = std::move(created);
+  files_[identity] = file;
   return file;
-}
-
-const Mapping* Container::FirstOverlapLocked(IovaRange range) const {
-  auto it = mappings_.upper_bound(range.last().value());
-  if (it == mappings_.begin()) return nullptr;
-  const Mapping& candidate = std::prev(it)->second;
-  return candidate.iova.overlaps(range) ? &candidate : nullptr;
 }
 
 }  // namespace mvgpu::domain

@@ -22,17 +22,6 @@ domain::Access AccessFor(Direction direction) {
   return domain::Access::kReadWrite;
 }
 
-PageRun PagesOf(IovaRange range) {
-  const IovaRange pages = range.page_expanded();
-  return {pages.start().page(), PagesIn(pages.size())};
-}
-
-// REQUIRES: pages.count > 0.
-IovaRange RangeOf(PageRun pages) {
-  return IovaRange::FromFirstAndLast(Iova(BytesIn(pages.first)),
-                                     Iova(BytesIn(pages.first) + (BytesIn(pages.count) - 1)));
-}
-
 }  // namespace
 
 DmaMapping::DmaMapping(DmaMapping&& other) noexcept
@@ -61,7 +50,7 @@ void DmaMapping::reset() {
 }
 
 DmaCache::DmaCache(domain::ApiOnlyDomain* domain, Mapper* mapper)
-    : domain_(domain), mapper_(mapper) {}
+    : domain_(domain), pins_(domain->open_context(this)), mapper_(mapper) {}
 
 DmaCache::~DmaCache() { MVGPU_CHECK(entries_.empty() && users_.empty()); }
 
@@ -88,8 +77,7 @@ Result<DmaMapping> DmaCache::map(IovaRange range, Direction direction) {
 }
 
 Result<void> DmaCache::FillLocked(PageRun gap, Direction direction) {
-  MVGPU_ASSIGN_OR_RETURN(domain::PinnedRange rest,
-                         domain_->pin(RangeOf(gap), AccessFor(direction), this));
+  MVGPU_ASSIGN_OR_RETURN(domain::PinnedRange rest, pins_->pin(RangeOf(gap), AccessFor(direction)));
   while (!rest.empty()) {
     const domain::PinnedRun run = rest.runs().front();
     MVGPU_ASSIGN_OR_RETURN(const DmaAddr address, mapper_->map(run, direction));

@@ -31,7 +31,7 @@
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
 #include "apionly-domain/base/mutex.h"
-#include "apionly-domain/run_counter.h"
+#include "apionly-domain/pin/run_counter.h"
 #include "dma-cache/mapper.h"
 
 namespace mvgpu::dma {
@@ -128,6 +128,7 @@ class DmaCache final : public domain::PinOwner {
                     std::span<std::byte> destination) const;
 
   domain::ApiOnlyDomain* const domain_;
+  const std::unique_ptr<domain::PinContext> pins_;  // used with mutex_ held
   Mapper* const mapper_;
   mutable Mutex mutex_;
   Entries entries_ ABSL_GUARDED_BY(mutex_);

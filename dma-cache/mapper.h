@@ -5,7 +5,7 @@
 
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
-#include "apionly-domain/pinned_range.h"
+#include "apionly-domain/pin/pinned_range.h"
 
 namespace mvgpu::dma {
 

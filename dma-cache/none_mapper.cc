@@ -10,7 +10,7 @@ class NoneMapper final : public Mapper {
  public:
   std::string_view name() const override { return "none"; }
   Result<DmaAddr> map(const domain::PinnedRun& run, Direction) override {
-    return DmaAddr(std::bit_cast<uint64_t>(run.host_address()));
+    return DmaAddr(std::bit_cast<uint64_t>(run.host));
   }
   void unmap(DmaAddr, uint64_t) override {}
 };

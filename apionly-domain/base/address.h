@@ -39,36 +39,36 @@ class Address {
   uint64_t value_ = 0;
 };
 
-using Iova = Address<struct IovaKind>;  // what the device puts on the bus; the VMM maps it
+using Iova = Address<struct IovaKind>;        // what the device puts on the bus; the VMM maps it
 using DmaAddr = Address<struct DmaAddrKind>;  // what dma_map_page returned, the device's own view
 
-// A non-empty half-open range [start, start + size) that never wraps. It may end at 2^64, so that
-// the last byte of the address space is usable; therefore last() is inclusive and there is no
-// end().
+// A non-empty range of addresses that never wraps. It may end at 2^64, so that the last byte of the
+// address space is usable; therefore last() is inclusive and there is no end().
 template <typename A>
 class Range {
  public:
   // nullopt when size is 0 or start + size - 1 wraps.
   static constexpr std::optional<Range> FromStartAndSize(A start, uint64_t size) {
     if (size == 0 || start.value() + (size - 1) < start.value()) return std::nullopt;
-    return Range(start, size);
+    return Range(start, start + (size - 1));
   }
-  // REQUIRES: first <= last, and not the whole of the 2^64 addresses.
+  // REQUIRES: first <= last.
   static constexpr Range FromFirstAndLast(A first, A last) {
     MVGPU_DCHECK(first <= last);
-    return Range(first, last - first + 1);
+    return Range(first, last);
   }
 
   constexpr A start() const { return start_; }
-  constexpr A last() const { return start_ + (size_ - 1); }
-  constexpr uint64_t size() const { return size_; }
+  constexpr A last() const { return last_; }
+  // 0 for all 2^64 addresses, which only FromFirstAndLast() can make.
+  constexpr uint64_t size() const { return last_ - start_ + 1; }
   constexpr bool is_page_aligned() const {
-    return start_.is_page_aligned() && (size_ & kPageMask) == 0;
+    return start_.is_page_aligned() && last_.offset_in_page() == kPageMask;
   }
 
-  constexpr bool contains(A address) const { return address >= start_ && address <= last(); }
-  constexpr bool contains(const Range& r) const { return contains(r.start_) && contains(r.last()); }
-  constexpr bool overlaps(const Range& r) const { return start_ <= r.last() && r.start_ <= last(); }
+  constexpr bool contains(A address) const { return address >= start_ && address <= last_; }
+  constexpr bool contains(const Range& r) const { return start_ <= r.start_ && r.last_ <= last_; }
+  constexpr bool overlaps(const Range& r) const { return start_ <= r.last_ && r.start_ <= last_; }
   constexpr std::optional<Range> intersection(const Range& r) const {
     if (!overlaps(r)) return std::nullopt;
     return FromFirstAndLast(std::max(start_, r.start_), std::min(last(), r.last()));
@@ -80,9 +80,9 @@ class Range {
   constexpr bool operator==(const Range&) const = default;
 
  private:
-  constexpr Range(A start, uint64_t size) : start_(start), size_(size) {}
+  constexpr Range(A start, A last) : start_(start), last_(last) {}
   A start_;
-  uint64_t size_ = 0;
+  A last_;
 };
 
 using IovaRange = Range<Iova>;
@@ -93,8 +93,20 @@ struct PageRun {
   uint64_t count = 0;
 
   constexpr uint64_t end() const { return first + count; }
+  constexpr bool contains(uint64_t page) const { return page - first < count; }
   constexpr bool operator==(const PageRun&) const = default;
 };
+
+// The pages that a range touches, and the range of a run of pages.
+constexpr PageRun PagesOf(IovaRange range) {
+  const uint64_t first = range.start().page();
+  return {first, range.last().page() - first + 1};
+}
+// REQUIRES: pages.count > 0, and all of it below 2^64 bytes.
+constexpr IovaRange RangeOf(PageRun pages) {
+  return IovaRange::FromFirstAndLast(Iova(BytesIn(pages.first)),
+                                     Iova(BytesIn(pages.end() - 1) | kPageMask));
+}
 
 // Checked sums of guest-controlled values: nullopt on overflow, never a wrapped result.
 constexpr std::optional<uint64_t> CheckedAdd(uint64_t a, uint64_t b) {

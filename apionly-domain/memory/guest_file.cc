@@ -3,103 +3,17 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <linux/magic.h>
-#include <setjmp.h>
-#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 
-#include <atomic>
-#include <bit>
 #include <cstdint>
-#include <cstring>
-#include <mutex>
+
+#include "apionly-domain/memory/guarded_copy.h"
 
 namespace mvgpu::domain {
 
 namespace {
-
-// Where this thread's guarded copy goes on when a page turns out to be gone.
-thread_local sigjmp_buf* fault_target = nullptr;
-struct sigaction previous_sigbus_action;
-
-void OnSigbus(int signal, siginfo_t* info, void* context) {
-  if (fault_target != nullptr) siglongjmp(*fault_target, 1);
-  // Not a guarded copy: whoever was there before, or the default, has the word.
-  if ((previous_sigbus_action.sa_flags & SA_SIGINFO) != 0) {
-    previous_sigbus_action.sa_sigaction(signal, info, context);
-  } else if (previous_sigbus_action.sa_handler != SIG_DFL &&
-             previous_sigbus_action.sa_handler != SIG_IGN) {
-    previous_sigbus_action.sa_handler(signal);
-  } else {
-    ::signal(SIGBUS, SIG_DFL);
-    raise(SIGBUS);
-  }
-}
-
-void InstallSigbusHandler() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    struct sigaction action = {};
-    action.sa_sigaction = OnSigbus;
-    action.sa_flags = SA_SIGINFO;
-    sigemptyset(&action.sa_mask);
-    sigaction(SIGBUS, &action, &previous_sigbus_action);
-  });
-}
-
-// One access for a whole word, so that ring indices and the like are never seen half-written.
-template <typename Word>
-bool CopyWord(void* destination, const void* source) {
-  if ((std::bit_cast<uintptr_t>(destination) | std::bit_cast<uintptr_t>(source)) % sizeof(Word) !=
-      0) {
-    return false;
-  }
-  *static_cast<volatile Word*>(destination) = *static_cast<const volatile Word*>(source);
-  return true;
-}
-
-void CopyBytes(void* destination, const void* source, size_t size) {
-  switch (size) {
-    case 2:
-      if (CopyWord<uint16_t>(destination, source)) return;
-      break;
-    case 4:
-      if (CopyWord<uint32_t>(destination, source)) return;
-      break;
-    case 8:
-      if (CopyWord<uint64_t>(destination, source)) return;
-      break;
-    default:
-      break;
-  }
-  std::memcpy(destination, source, size);
-}
-
-// siglongjmp() left the handler for good, and the signal blocked. Done here and not by sigsetjmp(),
-// which would have to save the mask with a system call for every copy.
-void UnblockSigbus() {
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGBUS);
-  pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
-}
-
-// A copy that returns false instead of raising SIGBUS.
-[[gnu::noinline]] bool GuardedCopy(void* destination, const void* source, size_t size) {
-  sigjmp_buf target;
-  if (sigsetjmp(target, /*savemask=*/0) != 0) {
-    fault_target = nullptr;
-    UnblockSigbus();
-    return false;
-  }
-  fault_target = &target;
-  std::atomic_signal_fence(std::memory_order_seq_cst);  // the copy stays between the two stores
-  CopyBytes(destination, source, size);
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  fault_target = nullptr;
-  return true;
-}
 
 Result<struct stat> StatRegularFile(int fd) {
   struct stat status = {};
@@ -187,7 +101,7 @@ Error GuestFile::TruncatedError(uint64_t offset) const {
 
 Result<void> GuestFile::read(uint64_t offset, std::span<std::byte> destination) const {
   MVGPU_RETURN_IF_ERROR(CheckBounds(offset, destination.size()));
-  if (!GuardedCopy(destination.data(), base_ + offset, destination.size())) {
+  if (!CopyGuarded(destination.data(), base_ + offset, destination.size())) {
     return tl::unexpected<Error>(TruncatedError(offset));
   }
   return {};
@@ -196,7 +110,7 @@ Result<void> GuestFile::read(uint64_t offset, std::span<std::byte> destination) 
 Result<void> GuestFile::write(uint64_t offset, std::span<const std::byte> source) {
   MVGPU_RETURN_IF_ERROR(CheckBounds(offset, source.size()));
   if (!writable_) return Fail(ErrorCode::kPermission, "write to guest memory that is read-only");
-  if (!GuardedCopy(base_ + offset, source.data(), source.size())) {
+  if (!CopyGuarded(base_ + offset, source.data(), source.size())) {
     return tl::unexpected<Error>(TruncatedError(offset));
   }
   return {};

@@ -11,7 +11,7 @@
 #include <string>
 
 #include "apionly-domain/pin/pin_backend.h"
-#include "apionly-domain/run_counter.h"
+#include "apionly-domain/pin/run_counter.h"
 
 namespace mvgpu::domain {
 

@@ -46,8 +46,9 @@ TEST_F(ApiOnlyDomainLedgerTest, TheLedgerAndTheKernelSayWhatTheDomainHolds) {
   auto domain = MakeDomain(*ledger, "vgpu");
   ASSERT_THAT(container_.map(ram_.map_request(0, 0, ram_.size())), IsOk());
   {
-    auto a = domain->pin(MakeRange(BytesIn(16), BytesIn(4)), Access::kRead, &owner_);
-    auto b = domain->pin(MakeRange(BytesIn(18), BytesIn(4)), Access::kRead, &owner_);
+    const auto pins = domain->open_context(&owner_);
+    auto a = pins->pin(MakeRange(BytesIn(16), BytesIn(4)), Access::kRead);
+    auto b = pins->pin(MakeRange(BytesIn(18), BytesIn(4)), Access::kRead);
     ASSERT_THAT(a, IsOk());
     ASSERT_THAT(b, IsOk());
     const LedgerSnapshot seen = Look();
@@ -73,8 +74,10 @@ TEST_F(ApiOnlyDomainLedgerTest, APageThatTwoDomainsHoldIsChargedOnceAndTheCharge
   auto first = MakeDomain(*ledger, "first");
   auto second = MakeDomain(*ledger, "second");
   ASSERT_THAT(container_.map(ram_.map_request(0, 0, ram_.size())), IsOk());
-  auto a = first->pin(MakeRange(0, BytesIn(10)), Access::kRead, &owner_);
-  auto b = second->pin(MakeRange(BytesIn(5), BytesIn(10)), Access::kRead, &owner_);
+  auto first_pins = first->open_context(&owner_);
+  auto second_pins = second->open_context(&owner_);
+  auto a = first_pins->pin(MakeRange(0, BytesIn(10)), Access::kRead);
+  auto b = second_pins->pin(MakeRange(BytesIn(5), BytesIn(10)), Access::kRead);
   ASSERT_THAT(a, IsOk());
   ASSERT_THAT(b, IsOk());
   EXPECT_EQ(first->counters().charged_pages, 10u);
@@ -86,6 +89,8 @@ TEST_F(ApiOnlyDomainLedgerTest, APageThatTwoDomainsHoldIsChargedOnceAndTheCharge
   ExpectInOrder();
   b->reset();
   EXPECT_EQ(Look().unique_pages, 0u);
+  first_pins.reset();
+  second_pins.reset();
   ASSERT_THAT(container_.detach(first.get()), IsOk());
   ASSERT_THAT(container_.detach(second.get()), IsOk());
 }

@@ -45,9 +45,11 @@ class Model : public PinOwner {
     EXPECT_THAT(domain, IsOk());
     domain_ = std::move(*domain);
     EXPECT_THAT(container_.attach(domain_.get()), IsOk());
+    context_ = domain_->open_context(this);
   }
   ~Model() override {
     pins_.clear();
+    context_.reset();
     EXPECT_THAT(container_.detach(domain_.get()), IsOk());
     EXPECT_TRUE(backend_->pages.empty());
   }
@@ -131,15 +133,14 @@ class Model : public PinOwner {
     const PageRun range = RandomRun(kIovaPages, 16);
     bool whole = true;
     for (uint64_t p = range.first; p < range.end(); ++p) whole = whole && pages_.contains(p);
-    auto pin =
-        domain_->pin(MakeRange(BytesIn(range.first), BytesIn(range.count)), Access::kRead, this);
+    auto pin = context_->pin(MakeRange(BytesIn(range.first), BytesIn(range.count)), Access::kRead);
     ASSERT_EQ(pin.has_value(), whole);
     if (!whole) return;
     uint64_t page = range.first;
     for (const PinnedRun& run : pin->runs()) {
       ASSERT_EQ(run.iova.start().page(), page);
       for (uint64_t i = 0; i < run.iova_pages().count; ++i, ++page) {
-        ASSERT_EQ(run.file_pages().first + i, pages_.at(page).file_page);
+        ASSERT_EQ(domain_->backing_of(run).pages.first + i, pages_.at(page).file_page);
       }
     }
     ASSERT_EQ(page, range.end());
@@ -184,6 +185,7 @@ class Model : public PinOwner {
   std::shared_ptr<FakePinBackend::State> backend_ = std::make_shared<FakePinBackend::State>();
   Container container_;
   std::unique_ptr<ApiOnlyDomain> domain_;
+  std::unique_ptr<PinContext> context_;
   std::map<uint64_t, ModelPage> pages_;
   std::vector<ModelPin> pins_;
 };

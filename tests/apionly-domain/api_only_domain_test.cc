@@ -51,9 +51,13 @@ class ApiOnlyDomainTest : public ::testing::Test {
     ASSERT_THAT(domain, IsOk());
     domain_ = std::move(*domain);
     ASSERT_THAT(container_.attach(domain_.get()), IsOk());
+    context_ = domain_->open_context(&owner_);
+    other_context_ = domain_->open_context(&other_);
   }
   void Stop() {
     if (domain_ == nullptr) return;
+    context_.reset();
+    other_context_.reset();
     ASSERT_THAT(container_.detach(domain_.get()), IsOk());
     domain_.reset();
   }
@@ -61,13 +65,17 @@ class ApiOnlyDomainTest : public ::testing::Test {
     ASSERT_THAT(container_.map(ram_.map_request(iova, offset, size, access)), IsOk());
   }
   Result<PinnedRange> Pin(uint64_t iova, uint64_t size, Access access = Access::kReadWrite) {
-    return domain_->pin(MakeRange(iova, size), access, &owner_);
+    return context_->pin(MakeRange(iova, size), access);
   }
+
+  uint64_t FilePageOf(const PinnedRun& run) const { return domain_->backing_of(run).pages.first; }
 
   GuestRam ram_{256 * kPageSize};
   std::shared_ptr<FakePinBackend::State> pins_ = std::make_shared<FakePinBackend::State>();
   Container container_;
   std::unique_ptr<ApiOnlyDomain> domain_;
+  std::unique_ptr<PinContext> context_;        // of owner_
+  std::unique_ptr<PinContext> other_context_;  // of other_
   HoldingOwner owner_;
   HoldingOwner other_;
 };
@@ -86,7 +94,7 @@ TEST_F(ApiOnlyDomainTest, APinReturnsRunsAndReleasesWhenItDies) {
     ASSERT_THAT(pin, IsOk());
     ASSERT_EQ(pin->runs().size(), 1u);
     EXPECT_EQ(pin->runs()[0].iova, MakeRange(0x11000, 0x2000));
-    EXPECT_EQ(pin->runs()[0].file_offset, 0x4000u);
+    EXPECT_EQ(FilePageOf(pin->runs()[0]), 4u);
     EXPECT_EQ(domain_->counters().unique_pages, 2u);
     EXPECT_EQ(pins_->pages.size(), 2u);
   }
@@ -102,7 +110,7 @@ TEST_F(ApiOnlyDomainTest, AdjacentMappingsOfAdjacentPagesAreOneRun) {
   ASSERT_THAT(pin, IsOk());
   ASSERT_EQ(pin->runs().size(), 2u);
   EXPECT_EQ(pin->runs()[0].iova, MakeRange(0x10000, 0x4000));
-  EXPECT_EQ(pin->runs()[1].file_offset, 0x8000u);
+  EXPECT_EQ(FilePageOf(pin->runs()[1]), 8u);
 }
 
 TEST_F(ApiOnlyDomainTest, APageAtTwoIovasIsPinnedOnce) {
@@ -132,7 +140,7 @@ TEST_F(ApiOnlyDomainTest, PartsCanBeReleasedInAnyOrder) {
   EXPECT_EQ(domain_->counters().unique_pages, 8u);
   EXPECT_EQ(pins_->pages.size(), 8u);
   all->reset();
-  EXPECT_EQ(tail.runs()[0].file_offset, 12 * kPageSize);
+  EXPECT_EQ(FilePageOf(tail.runs()[0]), 12u);
   tail.reset();
   EXPECT_EQ(domain_->counters().pinned_pages, 0u);
 }
@@ -192,9 +200,9 @@ TEST_F(ApiOnlyDomainTest, AnUnmapMakesHoldersLetGoFirst) {
   Map(0x20000, 0x8000, 0x4000);
   owner_.held = std::move(*Pin(0x10000, 0x1000));
   owner_.during_revoke = [this] {
-    EXPECT_THAT(domain_->pin(MakeRange(0x11000, 0x1000), Access::kRead, &other_),
+    EXPECT_THAT(other_context_->pin(MakeRange(0x11000, 0x1000), Access::kRead),
                 FailsWith(ErrorCode::kBusy));
-    EXPECT_THAT(domain_->pin(MakeRange(0x20000, 0x1000), Access::kRead, &other_), IsOk());
+    EXPECT_THAT(other_context_->pin(MakeRange(0x20000, 0x1000), Access::kRead), IsOk());
   };
   EXPECT_THAT(container_.unmap(Iova(0x10000), 0x4000), IsOk());
   EXPECT_EQ(owner_.revoked, std::vector{MakeRange(0x10000, 0x4000)});
@@ -250,9 +258,10 @@ TEST_F(ApiOnlyDomainTest, ALateDomainHearsOfTheMappingsThatAreThere) {
   auto late = ApiOnlyDomain::Create({.name = "late"}, MakeNonePinBackend(), nullptr, nullptr);
   ASSERT_THAT(late, IsOk());
   ASSERT_THAT(container_.attach(late->get()), IsOk());
-  EXPECT_THAT((*late)->pin(MakeRange(0x10000, 0x4000), Access::kRead, &other_), IsOk());
+  const auto pins = (*late)->open_context(&other_);
+  EXPECT_THAT(pins->pin(MakeRange(0x10000, 0x4000), Access::kRead), IsOk());
   EXPECT_THAT(container_.detach(late->get()), IsOk());
-  EXPECT_THAT((*late)->pin(MakeRange(0x10000, 0x4000), Access::kRead, &other_),
+  EXPECT_THAT(pins->pin(MakeRange(0x10000, 0x4000), Access::kRead),
               FailsWith(ErrorCode::kNotMapped));
 }
 
@@ -262,9 +271,10 @@ TEST_F(ApiOnlyDomainTest, ThreadsPinWhileAnotherMapsAndUnmaps) {
   for (unsigned t = 0; t < 3; ++t) {
     threads.emplace_back([this, t] {
       HoldingOwner mine;
+      const auto pins = domain_->open_context(&mine);
       for (uint64_t i = 0; i < 2000; ++i) {
-        auto pin = domain_->pin(MakeRange(((i * 7 + t * 13) % 120) * kPageSize, 8 * kPageSize),
-                                Access::kRead, &mine);
+        auto pin = pins->pin(MakeRange(((i * 7 + t * 13) % 120) * kPageSize, 8 * kPageSize),
+                             Access::kRead);
         ASSERT_THAT(pin, IsOk());
         std::array<std::byte, 64> bytes;
         ASSERT_THAT(domain_->read(Iova(i % 100 * kPageSize), bytes), IsOk());

@@ -26,13 +26,15 @@ class ListeningDomain final : public Domain {
     mapped.push_back(mapping.iova);
     return {};
   }
-  Result<void> on_unmap(IovaRange range) override {
-    asked.push_back(range);
+  Result<void> on_unmap(const Unmapping& unmapping) override {
+    asked.push_back(unmapping.range);
     if (refuse_unmap) return Fail(ErrorCode::kBusy, "listener holds it");
     return {};
   }
-  void on_unmap_done(IovaRange range, bool unmapped) override {
-    if (unmapped) std::erase(mapped, range);
+  void on_unmap_done(const Unmapping& unmapping, bool unmapped) override {
+    for (const Mapping& mapping : unmapping.mappings) {
+      if (unmapped) std::erase(mapped, mapping.iova);
+    }
     ++done;
   }
 

@@ -1,4 +1,4 @@
-#include "apionly-domain/run_counter.h"
+#include "apionly-domain/pin/run_counter.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>

@@ -1,26 +1,24 @@
-#include "apionly-domain/pinned_range.h"
+#include "apionly-domain/pin/pinned_range.h"
 
 #include <algorithm>
 #include <iterator>
 #include <utility>
 
-#include "apionly-domain/api_only_domain.h"
+#include "apionly-domain/base/check.h"
+#include "apionly-domain/pin/pin_context.h"
 
 namespace mvgpu::domain {
 
-PinnedRange::PinnedRange(ApiOnlyDomain* domain, PinOwner* owner, std::vector<PinnedRun> runs)
-    : domain_(domain), owner_(owner), runs_(std::move(runs)) {}
-
-PinnedRange::PinnedRange(PinnedRange&& other) noexcept
-    : domain_(other.domain_), owner_(other.owner_), runs_(std::exchange(other.runs_, {})) {}
+PinnedRange::PinnedRange(PinnedRange&& other) noexcept { *this = std::move(other); }
 
 PinnedRange& PinnedRange::operator=(PinnedRange&& other) noexcept {
-  if (this != &other) {
-    reset();
-    domain_ = other.domain_;
-    owner_ = other.owner_;
-    runs_ = std::exchange(other.runs_, {});
-  }
+  if (this == &other) return *this;
+  reset();
+  context_ = other.context_;
+  for_write_ = other.for_write_;
+  form_ = other.form_;
+  runs_.assign(other.runs_.begin(), other.runs_.end());
+  other.runs_.clear();
   return *this;
 }
 
@@ -28,7 +26,7 @@ PinnedRange PinnedRange::split_off(Iova at) {
   MVGPU_CHECK(at.is_page_aligned());
   auto first = std::find_if(runs_.begin(), runs_.end(),
                             [at](const PinnedRun& run) { return run.iova.last() >= at; });
-  std::vector<PinnedRun> tail;
+  PinnedRuns tail;
   if (first != runs_.end() && first->iova.start() < at) {
     tail.push_back(first->slice(IovaRange::FromFirstAndLast(at, first->iova.last())));
     *first = first->slice(IovaRange::FromFirstAndLast(first->iova.start(), Iova(at.value() - 1)));
@@ -36,12 +34,12 @@ PinnedRange PinnedRange::split_off(Iova at) {
   }
   std::move(first, runs_.end(), std::back_inserter(tail));
   runs_.erase(first, runs_.end());
-  return PinnedRange(domain_, owner_, std::move(tail));
+  return PinnedRange(context_, for_write_, form_, std::move(tail));
 }
 
 void PinnedRange::reset() {
   if (runs_.empty()) return;
-  domain_->release(runs_, owner_);
+  context_->release(runs_, for_write_, form_);
   runs_.clear();
 }
 

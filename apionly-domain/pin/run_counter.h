@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -19,6 +20,14 @@ class RunCounter {
   std::vector<PageRun> uncovered(PageRun run) const;
   // True when any page of the run is held.
   bool any(PageRun run) const;
+  // Calls visit(PageRun) for each stretch of held pages in the run, in order.
+  template <typename Visit>
+  void for_each(PageRun run, Visit visit) const {
+    for (auto it = first_overlap(run); it != runs_.end() && it->first < run.end(); ++it) {
+      const uint64_t first = std::max(it->first, run.first);
+      visit(PageRun{first, std::min(it->second.end, run.end()) - first});
+    }
+  }
 
   void add(PageRun run);
   // Returns the parts that are held no longer. REQUIRES: every page of `run` is held.

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include <absl/container/btree_map.h>
+
+#include "apionly-domain/base/address.h"
+#include "apionly-domain/domain.h"
+#include "apionly-domain/memory/guest_file.h"
+#include "apionly-domain/pin/run_counter.h"
+
+namespace mvgpu::domain {
+
+// Pages of a file: what pins and charges are about.
+struct FilePages {
+  const GuestFile* file;  // lives as long as a mapping of it does, and a pin keeps its mapping
+  PageRun pages;
+};
+
+// Which pages of which files are mapped at which IOVAs: finds the identity of a page from its host
+// address, and the other IOVAs that show it.
+//
+// Not thread-safe.
+class MappedFiles {
+ public:
+  void add(const Mapping& mapping);     // REQUIRES: mapping.file
+  void remove(const Mapping& mapping);  // REQUIRES: added before, as a whole or in any cut
+
+  // The pages from a host address on that lie in one file, at most `pages` of them.
+  // REQUIRES: the address belongs to a mapping.
+  FilePages at(const std::byte* host, uint64_t pages) const;
+
+  // Stretches of IOVA pages that show pages of a file.
+  struct View {
+    PageRun iova;
+    uint64_t file_page;  // that iova.first shows
+  };
+  // All views of the pages, cut down to them; empty when no page of the file is mapped twice.
+  std::vector<View> aliases(const FilePages& pages) const;
+
+ private:
+  struct File {
+    const GuestFile* file = nullptr;
+    absl::btree_map<uint64_t, View> views;  // by first IOVA page
+    RunCounter mapped;                      // how often each page is mapped
+  };
+  absl::btree_map<const std::byte*, File> files_;  // by host address
+};
+
+}  // namespace mvgpu::domain

@@ -1,0 +1,219 @@
+#include "apionly-domain/pin/pin_context.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <optional>
+
+#include "apionly-domain/api_only_domain.h"
+#include "apionly-domain/base/check.h"
+
+namespace mvgpu::domain {
+
+namespace {
+
+// Calls visit(index) for each bit that is set.
+template <typename Visit>
+void ForEachBit(uint64_t bits, Visit visit) {
+  for (; bits != 0; bits &= bits - 1) visit(static_cast<size_t>(std::countr_zero(bits)));
+}
+
+uint64_t MaskOf(size_t count) { return count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+// The first of the pages named by `bits` that is counted less often than it stands among them.
+std::optional<Iova> FirstUnheld(const PageCounters& counters, std::span<const Iova> pages,
+                                uint64_t bits) {
+  std::optional<Iova> unheld;
+  ForEachBit(bits, [&](size_t i) {
+    uint64_t wanted = 0;
+    ForEachBit(bits, [&](size_t k) { wanted += pages[k].page() == pages[i].page() ? 1 : 0; });
+    if (!unheld && counters.count(pages[i].page()) < wanted) unheld = pages[i];
+  });
+  return unheld;
+}
+
+}  // namespace
+
+PinContext::~PinContext() {
+  {
+    SpinLockHold hold(lock_);
+    MVGPU_CHECK(counts_[0].empty() && counts_[1].empty());
+  }
+  domain_.CloseContext(this);
+}
+
+Result<PinnedRange> PinContext::pin(IovaRange range, Access access) {
+  const IovaRange pages = range.page_expanded();
+  const auto form = PinCounts::FormFor(PagesOf(pages).count);
+  PinnedRuns runs;
+  if (!TryPin(pages, access, form, &runs)) [[unlikely]] {
+    runs.clear();
+    MVGPU_RETURN_IF_ERROR(domain_.PinMiss(this, pages, access, form, &runs));
+  }
+  return PinnedRange(this, IsForWrite(access), form, std::move(runs));
+}
+
+bool PinContext::TryPin(IovaRange pages, Access access, PinCounts::Form form, PinnedRuns* runs) {
+  SpinLockHold hold(lock_);
+  const auto stop =
+      domain_.directory_.walk(pages, static_cast<uint64_t>(access), [runs](auto extent) {
+        runs->push_back({extent.iova, extent.host});
+      });
+  if (stop || !CountsLocked(IsForWrite(access)).try_add(PagesOf(pages), form)) return false;
+  ++figures_.pin_calls;
+  figures_.pages_pinned += PagesOf(pages).count;
+  figures_.pinned_pages += PagesOf(pages).count;
+  return true;
+}
+
+void PinContext::release(std::span<const PinnedRun> runs, bool for_write, PinCounts::Form form) {
+  for (const PinnedRun& run : runs) ReleaseRun(run.iova_pages(), for_write, form);
+}
+
+void PinContext::ReleaseRun(PageRun run, bool for_write, PinCounts::Form form) {
+  bool mark_dirty = false;
+  bool hit = false;
+  {
+    SpinLockHold hold(lock_);
+    // Behind the lock's exchange: when the log is off here, whoever starts it sees what the device
+    // wrote, since start_dirty_log() takes this lock afterwards.
+    mark_dirty = for_write && domain_.dirty_.is_on();
+    hit = CountsLocked(for_write).try_remove(run, form);
+    if (hit) figures_.pinned_pages -= run.count;
+  }
+  if (mark_dirty) domain_.dirty_.mark(run);
+  if (!hit) domain_.ReleaseMiss(this, run, for_write, form);
+}
+
+Result<void> PinContext::pin_pages(std::span<const Iova> pages, Access access,
+                                   std::span<std::byte*> host) {
+  MVGPU_DCHECK(pages.size() == host.size());
+  for (size_t done = 0; done < pages.size();) {
+    const size_t count = std::min(kBatch, pages.size() - done);
+    auto pinned = PinBatch(pages.subspan(done, count), access, host.subspan(done, count));
+    if (!pinned) [[unlikely]] {
+      MVGPU_CHECK(unpin_pages(pages.first(done), access).has_value());
+      return pinned;
+    }
+    done += count;
+  }
+  return {};
+}
+
+Result<void> PinContext::PinBatch(std::span<const Iova> pages, Access access,
+                                  std::span<std::byte*> host) {
+  uint64_t misses = 0;
+  MVGPU_RETURN_IF_ERROR(PinHits(pages, access, host, &misses));
+  Result<void> outcome;
+  uint64_t undone = misses;
+  ForEachBit(misses, [&](size_t i) {
+    if (!outcome) return;
+    auto pinned = pin(IovaRange::FromFirstAndLast(pages[i], pages[i]), access);
+    if (!pinned) {
+      outcome = tl::unexpected<Error>(std::move(pinned).error());
+      return;
+    }
+    undone &= undone - 1;
+    host[i] = pinned->runs_.front().host + pages[i].offset_in_page();
+    pinned->runs_.clear();  // the page stays pinned, without the handle
+  });
+  if (outcome) return outcome;
+  for (size_t i = 0; i < pages.size(); ++i) {
+    if ((undone >> i & 1) != 0) continue;
+    ReleaseRun({pages[i].page(), 1}, IsForWrite(access), PinCounts::Form::kDense);
+  }
+  return outcome;
+}
+
+// In two passes: the first fetches translations and asks for the counters, which lie anywhere in
+// 16 MiB; by the time of the second they are there. A pass that did both would wait for each.
+Result<void> PinContext::PinHits(std::span<const Iova> pages, Access access,
+                                 std::span<std::byte*> host, uint64_t* misses) {
+  const auto wanted = static_cast<uint64_t>(access);
+  std::array<uint8_t*, kBatch> bytes;
+  uint64_t missed = 0;
+  {
+    SpinLockHold hold(lock_);
+    PageCounters& counters = CountsLocked(IsForWrite(access)).dense();
+    bool usable = true;
+    for (size_t i = 0; i < pages.size(); ++i) {
+      const PageDirectory::Found found = domain_.directory_.find(pages[i]);
+      usable &= PageDirectory::IsUsable(found.flags, wanted);
+      host[i] = found.host;
+      bytes[i] = counters.find(pages[i].page());
+      __builtin_prefetch(bytes[i], /*rw=*/1);
+    }
+    if (usable) [[likely]] {
+      for (size_t i = 0; i < pages.size(); ++i) {
+        if (bytes[i] != nullptr && PageCounters::HasRoom(*bytes[i])) [[likely]] {
+          ++*bytes[i];
+        } else {
+          missed |= uint64_t{1} << i;
+        }
+      }
+      const size_t hits = pages.size() - static_cast<size_t>(std::popcount(missed));
+      figures_.pages_pinned += hits;
+      figures_.pinned_pages += hits;
+      figures_.pin_calls += hits != 0 ? 1 : 0;
+      *misses = missed;
+      return {};
+    }
+  }
+  for (const Iova page : pages) {
+    const auto whole = IovaRange::FromFirstAndLast(page, page).page_expanded();
+    MVGPU_RETURN_IF_ERROR(domain_.check(whole, access));
+  }
+  *misses = MaskOf(pages.size());  // mapped meanwhile
+  return {};
+}
+
+Result<void> PinContext::unpin_pages(std::span<const Iova> pages, Access access) {
+  for (size_t done = 0; done < pages.size();) {
+    const auto batch = pages.subspan(done, std::min(kBatch, pages.size() - done));
+    uint64_t misses = 0;
+    MVGPU_RETURN_IF_ERROR(UnpinHits(batch, access, &misses));
+    ForEachBit(misses, [&](size_t i) {
+      ReleaseRun({batch[i].page(), 1}, IsForWrite(access), PinCounts::Form::kDense);
+    });
+    done += batch.size();
+  }
+  return {};
+}
+
+Result<void> PinContext::UnpinHits(std::span<const Iova> pages, Access access, uint64_t* misses) {
+  bool mark_dirty = false;
+  {
+    SpinLockHold hold(lock_);
+    mark_dirty = IsForWrite(access) && domain_.dirty_.is_on();
+    PageCounters& counters = CountsLocked(IsForWrite(access)).dense();
+    for (const Iova page : pages) __builtin_prefetch(counters.find(page.page()), /*rw=*/1);
+    uint64_t missed = 0;
+    for (size_t i = 0; i < pages.size(); ++i) {
+      uint8_t* byte = counters.find(pages[i].page());
+      if (byte != nullptr && PageCounters::StaysHeld(*byte)) [[likely]] {
+        --*byte;
+      } else {
+        missed |= uint64_t{1} << i;
+      }
+    }
+    if (missed != 0) {
+      const auto unheld = FirstUnheld(counters, pages, missed);
+      if (unheld) {
+        ForEachBit(~missed & MaskOf(pages.size()),
+                   [&](size_t i) { ++*counters.find(pages[i].page()); });
+        return Fail(ErrorCode::kInvalid,
+                    fmt::format("{}: {} releases iova {:#x}, which it does not hold",
+                                domain_.name(), owner_->pin_owner_name(), unheld->value()));
+      }
+    }
+    figures_.pinned_pages -= pages.size() - static_cast<size_t>(std::popcount(missed));
+    *misses = missed;
+  }
+  for (size_t i = 0; mark_dirty && i < pages.size(); ++i) {
+    domain_.dirty_.mark({pages[i].page(), 1});
+  }
+  return {};
+}
+
+}  // namespace mvgpu::domain

@@ -1,0 +1,58 @@
+#include "apionly-domain/pin/pin_counts.h"
+
+namespace mvgpu::domain {
+
+void PinCounts::add(PageRun run, Form form) {
+  if (form == Form::kDense) {
+    dense_.add(run);
+  } else {
+    runs_.add(run);
+  }
+}
+
+void PinCounts::remove(PageRun run, Form form, std::vector<PageRun>* freed) {
+  std::vector<PageRun> gone;
+  if (form == Form::kDense) {
+    dense_.remove(run, &gone);
+  } else {
+    gone = runs_.remove(run);
+  }
+  // What one form let go may still be held in the other.
+  for (const PageRun& part : gone) append_unheld(part, freed);
+}
+
+bool PinCounts::TryAddSlowly(PageRun run, Form form) {
+  std::vector<PageRun> unheld;
+  append_unheld(run, &unheld);
+  if (!unheld.empty()) return false;
+  add(run, form);
+  return true;
+}
+
+bool PinCounts::TryRemoveSlowly(PageRun run, Form form) {
+  std::vector<PageRun> freed;
+  remove(run, form, &freed);
+  if (freed.empty()) return true;
+  add(run, form);
+  return false;
+}
+
+void PinCounts::append_unheld(PageRun run, std::vector<PageRun>* unheld) const {
+  for (const PageRun& gap : runs_.uncovered(run)) {
+    uint64_t page = gap.first;
+    dense_.for_each_held(gap, [&](PageRun held) {
+      if (held.first > page) unheld->push_back({page, held.first - page});
+      page = held.end();
+    });
+    if (page < gap.end()) unheld->push_back({page, gap.end() - page});
+  }
+}
+
+void PinCounts::append_held(PageRun run, std::vector<PageRun>* held) const {
+  runs_.for_each(run, [held](PageRun part) { held->push_back(part); });
+  dense_.for_each_held(run, [held](PageRun part) { held->push_back(part); });
+}
+
+bool PinCounts::any(PageRun run) const { return runs_.any(run) || dense_.any(run); }
+
+}  // namespace mvgpu::domain
