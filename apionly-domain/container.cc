@@ -1,5 +1,6 @@
 #include "apionly-domain/container.h"
 
+#include <absl/container/flat_hash_set.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -239,12 +240,11 @@ Result<void> Container::detach(Domain* domain) {
 Container::Totals Container::totals() const {
   ReaderMutexLock lock(table_mutex_);
   Totals totals = totals_;
-  absl::flat_hash_map<const GuestFile*, bool> files;
+  absl::flat_hash_set<const GuestFile*> files;
   for (const auto& [first, mapping] : mappings_) {
-    if (mapping.file == nullptr || !files.emplace(mapping.file.get(), true).second) continue;
-    ++totals.files;
-    if (!mapping.file->is_sealed_against_shrinking()) ++totals.unsealed_files;
+    if (mapping.file != nullptr) files.insert(mapping.file.get());
   }
+  totals.files = files.size();
   return totals;
 }
 
@@ -265,6 +265,7 @@ Result<std::shared_ptr<GuestFile>> Container::FileOf(UniqueFd fd) {
   absl::erase_if(files_, [](const auto& entry) { return entry.second.expired(); });
   std::shared_ptr<GuestFile> file = std::move(created);
   files_[identity] = file;
+  if (!file->is_sealed_against_shrinking()) ++unsealed_files_seen_;
   return file;
 }
 

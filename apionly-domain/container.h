@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string_view>
@@ -52,7 +53,6 @@ class Container {
     uint64_t mapped_pages = 0;     // all of them
     uint64_t reachable_pages = 0;  // those with a file
     uint64_t files = 0;
-    uint64_t unsealed_files = 0;  // files that the VMM may truncate: their pages may go at any time
   };
   // What an unmap does to a mapping that lies only partly in its range.
   enum class Cut : uint8_t { kRefuse, kSplit };
@@ -79,6 +79,9 @@ class Container {
   Result<void> detach(Domain* domain);
 
   Totals totals() const;
+  // How many files have come that the VMM may truncate (not sealed against shrinking): their pages
+  // may go at any time, which costs an error then.
+  uint64_t unsealed_files_seen() const { return unsealed_files_seen_.load(); }
   std::vector<Mapping> mappings() const;
 
  private:
@@ -103,6 +106,8 @@ class Container {
   Mutex change_mutex_;
   std::vector<Domain*> domains_ ABSL_GUARDED_BY(change_mutex_);
   absl::flat_hash_map<FileIdentity, std::weak_ptr<GuestFile>> files_ ABSL_GUARDED_BY(change_mutex_);
+
+  std::atomic<uint64_t> unsealed_files_seen_{0};
 
   mutable Mutex table_mutex_;  // written with the change lock held too
   MappingTable mappings_ ABSL_GUARDED_BY(table_mutex_);

@@ -32,9 +32,7 @@ Result<void> ApiOnlyDomain::PinMiss(PinContext* context, IovaRange pages, Access
   {
     SpinLockHold hold(context->lock_);
     context->CountsLocked(for_write).add(PagesOf(pages), form);
-    ++context->figures_.pin_calls;
-    context->figures_.pages_pinned += PagesOf(pages).count;
-    context->figures_.pinned_pages += PagesOf(pages).count;
+    context->CountPinLocked(PagesOf(pages).count);
   }
   PublishCountsLocked();
   return {};

@@ -49,6 +49,7 @@ class Session final : private Vgpu::Owner, private glue::vfio_user::Server::Log 
   void on_queue_error(uint16_t queue, const Error& error) override;
   void on_queue_waiting(uint16_t queue, const Error& error) override;
   void on_refused(const Error& error) override;
+  void on_unsealed_memory(IovaRange range) override;
   void warn(std::string_view line) override { log_.warn(line); }
 
   const Options options_;

@@ -209,8 +209,10 @@ Result<void> Vgpu::dma_map(domain::Container::MapRequest request) {
   MutexLock lock(mutex_);
   const SessionObserver::Backing backing =
       observer_ != nullptr ? BackingOf(request) : SessionObserver::Backing{};
+  const uint64_t unsealed = container_.unsealed_files_seen();
   MVGPU_RETURN_IF_ERROR(device_->vfio_device().dma_map(std::move(request)));
   if (observer_ != nullptr) observer_->on_map(*range, access, backing);
+  if (container_.unsealed_files_seen() != unsealed) owner_->on_unsealed_memory(*range);
   return {};
 }
 

@@ -49,6 +49,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     // A command was refused because its pages could not be pinned, mapped or read, or memory ran
     // out.
     virtual void on_refused(const Error& error) = 0;
+    // The VMM mapped a file that it may truncate. Once for each file.
+    virtual void on_unsealed_memory(IovaRange range) = 0;
   };
   // What the configuration leaves to the caller to make or to wrap.
   struct Parts {

@@ -28,12 +28,30 @@ Result<struct stat> StatRegularFile(int fd) {
   return status;
 }
 
-uint64_t BlockSizeOf(int fd) {
+// Only hugetlbfs and tmpfs with huge pages have large blocks; of these the first cannot map less.
+uint64_t BlockSizeOf(int fd, const struct stat& status) {
   struct statfs filesystem = {};
-  if (fstatfs(fd, &filesystem) == 0 && filesystem.f_type == HUGETLBFS_MAGIC) {
+  if (static_cast<uint64_t>(status.st_blksize) > kPageSize && fstatfs(fd, &filesystem) == 0 &&
+      filesystem.f_type == HUGETLBFS_MAGIC) {
     return static_cast<uint64_t>(filesystem.f_bsize);
   }
   return kPageSize;
+}
+
+// Shared, and writable if the descriptor is. One system call for the common case.
+Result<std::pair<std::byte*, bool>> MapShared(int fd, uint64_t size) {
+  bool writable = true;
+  void* base =
+      mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  if (base == MAP_FAILED && (errno == EACCES || errno == EPERM)) {
+    writable = false;
+    base = mmap(nullptr, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  }
+  if (base == MAP_FAILED) {
+    return FailSystem(errno, fmt::format("mmap of {} bytes of guest memory (opened {})", size,
+                                         errno == EACCES ? "write-only" : "for reading"));
+  }
+  return std::pair(static_cast<std::byte*>(base), writable);
 }
 
 }  // namespace
@@ -46,27 +64,16 @@ Result<FileIdentity> GuestFile::IdentityOf(int fd) {
 Result<std::unique_ptr<GuestFile>> GuestFile::Create(UniqueFd fd) {
   MVGPU_ASSIGN_OR_RETURN(const struct stat status, StatRegularFile(fd.get()));
   if (status.st_size <= 0) return Fail(ErrorCode::kInvalid, "guest memory file is empty");
-  const uint64_t block_size = BlockSizeOf(fd.get());
+  const uint64_t block_size = BlockSizeOf(fd.get(), status);
   const uint64_t size =
       (static_cast<uint64_t>(status.st_size) + block_size - 1) & ~(block_size - 1);
-
-  const int open_mode = fcntl(fd.get(), F_GETFL) & O_ACCMODE;
-  if (open_mode == O_WRONLY) {
-    return Fail(ErrorCode::kPermission,
-                "guest memory file was opened write-only; open it read-write");
-  }
-  const bool writable = open_mode == O_RDWR;
-  void* base = mmap(nullptr, size, writable ? PROT_READ | PROT_WRITE : PROT_READ,
-                    MAP_SHARED | MAP_NORESERVE, fd.get(), 0);
-  if (base == MAP_FAILED) {
-    return FailSystem(errno, fmt::format("mmap of {} bytes of guest memory", size));
-  }
+  MVGPU_ASSIGN_OR_RETURN(const auto mapped, MapShared(fd.get(), size));
   InstallSigbusHandler();
   const int seals = fcntl(fd.get(), F_GET_SEALS);  // fails for other files than memfds
   const FileIdentity identity{status.st_dev, status.st_ino};
-  return std::unique_ptr<GuestFile>(new GuestFile(std::move(fd), identity,
-                                                  static_cast<std::byte*>(base), size, block_size,
-                                                  writable, seals >= 0 && (seals & F_SEAL_SHRINK)));
+  return std::unique_ptr<GuestFile>(new GuestFile(std::move(fd), identity, mapped.first, size,
+                                                  block_size, mapped.second,
+                                                  seals >= 0 && (seals & F_SEAL_SHRINK)));
 }
 
 GuestFile::GuestFile(UniqueFd fd, FileIdentity identity, std::byte* base, uint64_t size,

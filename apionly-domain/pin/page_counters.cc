@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 #include "apionly-domain/base/check.h"
@@ -11,37 +12,36 @@ namespace mvgpu::domain {
 
 namespace {
 
-// Whether all bytes lie in [first, last]. Without a way out, so that the compiler makes vector code
-// of it: 16 pages at a time.
-bool AllWithin(const uint8_t* bytes, uint64_t count, uint8_t first, uint8_t last) {
-  const auto width = static_cast<uint8_t>(last - first);
-  uint8_t outside = 0;
-  for (uint64_t i = 0; i < count; ++i) {
-    outside |= static_cast<uint8_t>(static_cast<uint8_t>(bytes[i] - first) > width);
-  }
-  return outside == 0;
-}
+// Sixteen pages at a time: any vector unit of 64-bit machines has that.
+using Vector = uint8_t __attribute__((vector_size(16)));
+using Words = uint64_t __attribute__((vector_size(16)));  // the same bits
 
-// Modulo 256; true.
-bool AddToAll(uint8_t* bytes, uint64_t count, uint8_t value) {
-  for (uint64_t i = 0; i < count; ++i) bytes[i] = static_cast<uint8_t>(bytes[i] + value);
-  return true;
+// Adds a value to all bytes, modulo 256, and says whether all of them were in [first, last] before.
+// In one pass that is right nearly always, and undone when it was not.
+bool AddToAll(uint8_t* bytes, uint64_t count, uint8_t value, uint8_t first, uint8_t last) {
+  const auto width = static_cast<uint8_t>(last - first);
+  const Vector limit = Vector{} + width;
+  Vector outside{};
+  uint64_t i = 0;
+  for (; i + sizeof(Vector) <= count; i += sizeof(Vector)) {
+    Vector vector;
+    std::memcpy(&vector, bytes + i, sizeof(Vector));
+    const Vector distance = vector - first;
+    outside |= (distance > limit ? distance : limit) ^ limit;  // 0 where distance <= width
+    vector += value;
+    std::memcpy(bytes + i, &vector, sizeof(Vector));
+  }
+  const auto words = reinterpret_cast<Words>(outside);
+  bool is_within = (words[0] | words[1]) == 0;
+  for (; i < count; ++i) {
+    is_within = is_within && static_cast<uint8_t>(bytes[i] - first) <= width;
+    bytes[i] = static_cast<uint8_t>(bytes[i] + value);
+  }
+  return is_within;
 }
 
 void FreeArray(uint8_t* bytes) {
   if (bytes != nullptr) munmap(bytes, PageCounters::kChunkPages);
-}
-
-// Calls visit(PageRun) for the part of the run in each chunk, until it says false.
-template <typename Visit>
-bool ForEachPart(PageRun run, Visit visit) {
-  for (uint64_t page = run.first; page < run.end();) {
-    const uint64_t end =
-        std::min(run.end(), (page / PageCounters::kChunkPages + 1) * PageCounters::kChunkPages);
-    if (!visit(PageRun{page, end - page})) return false;
-    page = end;
-  }
-  return true;
 }
 
 }  // namespace
@@ -51,24 +51,27 @@ PageCounters::~PageCounters() {
   for (const auto& [index, chunk] : far_) FreeArray(chunk.bytes);
 }
 
-bool PageCounters::try_add(PageRun run) {
-  return ForEachPart(run,
-                     [this](PageRun part) {
-                       const uint8_t* bytes = find(part.first);
-                       return bytes != nullptr && AllWithin(bytes, part.count, kFewest, kMost - 1);
-                     }) &&
-         ForEachPart(run,
-                     [this](PageRun part) { return AddToAll(find(part.first), part.count, 1); });
-}
+bool PageCounters::try_add(PageRun run) { return TryAddToAll(run, 1, kFewest, kMost - 1); }
 
-bool PageCounters::try_remove(PageRun run) {
-  return ForEachPart(run,
-                     [this](PageRun part) {
-                       const uint8_t* bytes = find(part.first);
-                       return bytes != nullptr && AllWithin(bytes, part.count, kFewest + 1, kMost);
-                     }) &&
-         ForEachPart(run,
-                     [this](PageRun part) { return AddToAll(find(part.first), part.count, 0xff); });
+bool PageCounters::try_remove(PageRun run) { return TryAddToAll(run, 0xff, kFewest + 1, kMost); }
+
+bool PageCounters::TryAddToAll(PageRun run, uint8_t value, uint8_t first, uint8_t last) {
+  for (uint64_t page = run.first; page < run.end();) {
+    const uint64_t end = std::min(run.end(), (page | kChunkMask) + 1);
+    uint8_t* bytes = find(page);
+    const bool is_there = bytes != nullptr;
+    if (!is_there || !AddToAll(bytes, end - page, value, first, last)) {
+      const uint64_t done = is_there ? end : page;
+      for (uint64_t undo = run.first; undo < done;) {
+        const uint64_t undo_end = std::min(done, (undo | kChunkMask) + 1);
+        AddToAll(find(undo), undo_end - undo, static_cast<uint8_t>(-value), 0, 0);
+        undo = undo_end;
+      }
+      return false;
+    }
+    page = end;
+  }
+  return true;
 }
 
 void PageCounters::add(PageRun run) {

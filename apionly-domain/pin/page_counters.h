@@ -83,6 +83,7 @@ class PageCounters {
   }
   Chunk* FindFarChunk(uint64_t index);
   Chunk* GetChunk(uint64_t index);
+  bool TryAddToAll(PageRun run, uint8_t value, uint8_t first, uint8_t last);
   void AddOne(Chunk* chunk, uint64_t page);
   // True when the page is held no longer.
   bool RemoveOne(Chunk* chunk, uint64_t page);

@@ -82,8 +82,16 @@ class alignas(64) PinContext {
   PinCounts& CountsLocked(bool for_write) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_) {
     return counts_[for_write ? 1 : 0];
   }
+  void CountPinLocked(uint64_t pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_) {
+    ++figures_.pin_calls;
+    figures_.pages_pinned += pages;
+    figures_.pinned_pages += pages;
+  }
   // The whole pin of a range if that is a hit; otherwise false, and nothing is pinned.
   bool TryPin(IovaRange pages, Access access, PinCounts::Form form, PinnedRuns* runs);
+  // For one page; false, and nothing is changed, when it is a miss.
+  bool TryPinPage(Iova page, Access access, std::byte** host);
+  bool TryUnpinPage(Iova page, Access access);
   // For at most kBatch pages. Bit i of *misses: pages[i] is still to be done by the domain.
   Result<void> PinHits(std::span<const Iova> pages, Access access, std::span<std::byte*> host,
                        uint64_t* misses);

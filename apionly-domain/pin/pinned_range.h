@@ -2,9 +2,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
-
-#include <absl/container/inlined_vector.h>
+#include <utility>
+#include <vector>
 
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/pin/pin_counts.h"
@@ -25,8 +26,28 @@ struct PinnedRun {
   bool operator==(const PinnedRun&) const = default;
 };
 
-// Most pins are one run: those need no memory of their own.
-using PinnedRuns = absl::InlinedVector<PinnedRun, 1>;
+// The runs of one pin. Most pins are one run: those need no memory of their own.
+class PinnedRuns {
+ public:
+  void push_back(const PinnedRun& run) {
+    if (!one_ && many_.empty()) {
+      one_ = run;
+      return;
+    }
+    if (one_) many_.push_back(*std::exchange(one_, std::nullopt));
+    many_.push_back(run);
+  }
+  std::span<const PinnedRun> span() const { return one_ ? std::span(&*one_, 1) : std::span(many_); }
+  bool empty() const { return !one_ && many_.empty(); }
+  void clear() {
+    one_.reset();
+    many_.clear();
+  }
+
+ private:
+  std::optional<PinnedRun> one_;
+  std::vector<PinnedRun> many_;  // empty when one_ is set
+};
 
 // A hold on guest pages: while it lives, the pages stay pinned and charged, and their mappings
 // stay. Move-only; the destructor releases. Belongs to the context that pinned: nobody else can
@@ -34,14 +55,20 @@ using PinnedRuns = absl::InlinedVector<PinnedRun, 1>;
 class PinnedRange {
  public:
   PinnedRange() = default;
-  PinnedRange(PinnedRange&& other) noexcept;
+  PinnedRange(PinnedRange&& other) noexcept
+      : context_(other.context_),
+        for_write_(other.for_write_),
+        form_(other.form_),
+        runs_(std::exchange(other.runs_, {})) {}
   PinnedRange& operator=(PinnedRange&& other) noexcept;
   PinnedRange(const PinnedRange&) = delete;
   PinnedRange& operator=(const PinnedRange&) = delete;
-  ~PinnedRange() { reset(); }
+  ~PinnedRange() {
+    if (!runs_.empty()) reset();
+  }
 
   // In ascending IOVA order, page-aligned; neighbours differ in backing.
-  std::span<const PinnedRun> runs() const { return runs_; }
+  std::span<const PinnedRun> runs() const { return runs_.span(); }
   bool empty() const { return runs_.empty(); }
 
   // Takes the part from `at` on out of this range. REQUIRES: `at` is page-aligned.
@@ -51,8 +78,8 @@ class PinnedRange {
 
  private:
   friend class PinContext;
-  PinnedRange(PinContext* context, bool for_write, PinCounts::Form form, PinnedRuns runs)
-      : context_(context), for_write_(for_write), form_(form), runs_(std::move(runs)) {}
+  PinnedRange(PinContext* context, bool for_write, PinCounts::Form form)
+      : context_(context), for_write_(for_write), form_(form) {}
 
   PinContext* context_ = nullptr;  // outlives all pins: checked in its destructor
   bool for_write_ = false;

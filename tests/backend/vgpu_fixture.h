@@ -70,12 +70,14 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   }
   void on_queue_waiting(uint16_t queue, const Error&) override { waiting_.push_back(queue); }
   void on_refused(const Error& error) override { refusals_.push_back(error.message()); }
+  void on_unsealed_memory(IovaRange range) override { unsealed_.push_back(range); }
 
   VgpuConfig config_;
   std::vector<uint16_t> doorbells_;
   std::vector<std::string> queue_errors_;
   std::vector<uint16_t> waiting_;
   std::vector<std::string> refusals_;
+  std::vector<IovaRange> unsealed_;
   std::unique_ptr<Vgpu> vgpu_;
   std::unique_ptr<testing::GpuGuest> guest_;
   bool has_ended_ = false;

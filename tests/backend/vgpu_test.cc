@@ -57,6 +57,16 @@ TEST_F(VgpuLifeTest, EverythingIsReleasedByResetAndUnmap) {
   EXPECT_TRUE(vgpu_->picture().hash(0).has_value()) << "and the last picture";
 }
 
+TEST_F(VgpuLifeTest, MemoryThatTheVmmMayTruncateIsReportedOnceForEachFile) {
+  StartGuest();
+  EXPECT_TRUE(unsealed_.empty()) << "the guest's RAM is sealed";
+  testing::GuestRam unsealed(16 * kPageSize, /*seals=*/0);
+  const uint64_t iova = uint64_t{1} << 40;
+  EXPECT_THAT(vgpu_->dma_map(unsealed.map_request(iova, 0, 4 * kPageSize)), IsOk());
+  EXPECT_THAT(vgpu_->dma_map(unsealed.map_request(iova * 2, 0, 4 * kPageSize)), IsOk());
+  EXPECT_EQ(unsealed_, std::vector{testing::MakeRange(iova, 4 * kPageSize)});
+}
+
 TEST_F(VgpuLifeTest, MappingWithoutAFileIsSomethingToRelease) {
   ASSERT_THAT(vgpu_->dma_map({Iova(0x10000), 0x1000, domain::Access::kRead, UniqueFd(), 0}),
               IsOk());
@@ -220,6 +230,7 @@ TEST(VgpuCreateTest, ConfigurationsThatCannotBeAreRefused) {
     void on_queue_waiting(uint16_t, const Error&) override {}
     void on_queue_error(uint16_t, const Error&) override {}
     void on_refused(const Error&) override {}
+    void on_unsealed_memory(IovaRange) override {}
   } owner;
   const auto create = [&owner](const VgpuConfig& config) {
     return Vgpu::Create(config, Vgpu::MakeParts(config), nullptr, &owner);
