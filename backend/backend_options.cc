@@ -7,6 +7,7 @@
 #include <fstream>
 #include <map>
 #include <optional>
+#include <utility>
 
 #include <nlohmann/json.hpp>
 
@@ -27,10 +28,11 @@ Signals: SIGUSR1 writes the screenshot, SIGTERM and SIGINT leave at once and cle
 Exit codes: 0 left as asked, 1 failure, 2 command line, 3 the socket cannot be used.)";
 
 void PrintCapabilities() {
+  nlohmann::json pins = nlohmann::json::array();
+  for (const auto& [name, mode] : PinModes()) pins.push_back(name);
   const nlohmann::json capabilities = {
-      {"type", "gpu"},        {"protocol", "vfio-user"},
-      {"features", {"edid"}}, {"pin", {"mlock", "none"}},
-      {"dma", {"none"}},
+      {"type", "gpu"},          {"protocol", "vfio-user"}, {"features", {"edid"}},
+      {"pin", std::move(pins)}, {"dma", {"none"}},
   };
   fmt::print("{}\n", capabilities.dump(2));
 }
@@ -76,8 +78,9 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
       ->capture_default_str();
   app.add_option("--runtime-dir", vgpu.runtime_dir,
                  "Where the accounts are kept (default: /run/mvgpu, or $XDG_RUNTIME_DIR/mvgpu)");
-  AddChoice<PinMode>(app, "--pin", vgpu.pin, {{"mlock", PinMode::kMlock}, {"none", PinMode::kNone}},
-                     "How pages are held while the device uses them: mlock, none (default: mlock)");
+  AddChoice<PinMode>(app, "--pin", vgpu.pin, PinModes(),
+                     "How pages are held while the device uses them: mlock, io-uring, none "
+                     "(default: mlock)");
   std::optional<uint64_t> pin_limit;
   app.add_option("--pin-limit", pin_limit,
                  "Most memory to pin at a time, e.g. 64M (default: no limit)")

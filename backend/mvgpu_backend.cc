@@ -191,11 +191,15 @@ ExitCode Main(int argc, const char* const* argv) {
     log.info(signals.error().message());
     return ExitCode::kFailure;
   }
-  // Both are opened here once, so that what cannot be kept is noticed before a VM is there.
+  // These are opened here once, so that what cannot be kept is noticed before a VM is there.
   const VgpuConfig& vgpu = options->session.vgpu;
   if (auto ledger = domain::Ledger::Open({vgpu.runtime_dir, vgpu.vm_uuid}); !ledger) {
     log.info(ledger.error().message());
     return ledger.error().code() == ErrorCode::kInvalid ? ExitCode::kUsage : ExitCode::kFailure;
+  }
+  if (const auto parts = Vgpu::MakeParts(vgpu); !parts) {
+    log.info(parts.error().message());
+    return ExitCode::kFailure;
   }
   if (const std::string& path = options->session.record_path; !path.empty()) {
     if (auto writable = TraceWriter::CheckPath(path); !writable) {

@@ -220,9 +220,8 @@ int Main(int argc, char** argv) {
   run->add_flag("--json", run_options.as_json, "Print the report as one JSON object");
   run->add_option("--screenshot", run_options.screenshot, "Write the last picture as PNG");
   run->add_option("--pages", run_options.pages, "Write what happened to each guest page as CSV");
-  AddChoice<PinMode>(*run, "--pin", run_options.pin,
-                     {{"mlock", PinMode::kMlock}, {"none", PinMode::kNone}},
-                     "How pages are held: mlock, none (default: none)");
+  AddChoice<PinMode>(*run, "--pin", run_options.pin, PinModes(),
+                     "How pages are held: mlock, io-uring, none (default: none)");
   AddChoice<DmaMode>(*run, "--dma", run_options.dma, {{"none", DmaMode::kNone}},
                      "The mapper: none");
 

@@ -18,8 +18,9 @@ Result<void> Session::Start(UniqueFd socket) {
     MVGPU_ASSIGN_OR_RETURN(recorder_, TraceWriter::Create(options_.record_path));
     recorder_->session(options_.vgpu.to_json());
   }
-  MVGPU_ASSIGN_OR_RETURN(
-      vgpu_, Vgpu::Create(options_.vgpu, Vgpu::MakeParts(options_.vgpu), recorder_.get(), this));
+  MVGPU_ASSIGN_OR_RETURN(Vgpu::Parts parts, Vgpu::MakeParts(options_.vgpu));
+  MVGPU_ASSIGN_OR_RETURN(vgpu_,
+                         Vgpu::Create(options_.vgpu, std::move(parts), recorder_.get(), this));
   device_thread_ =
       std::make_unique<DeviceThread>([this](uint16_t queue) { return vgpu_->step(queue); });
   MVGPU_ASSIGN_OR_RETURN(server_,

@@ -45,7 +45,7 @@ void Vgpu::FrameReporter::on_frame(uint32_t scanout, const gpu::FrameView& frame
   observer_->on_frame(scanout, frame.size, gpu::FrameHash(frame));
 }
 
-Vgpu::Parts Vgpu::MakeParts(const VgpuConfig& config) {
+Result<Vgpu::Parts> Vgpu::MakeParts(const VgpuConfig& config) {
   Parts parts;
   switch (config.pin) {
     case PinMode::kNone:
@@ -53,6 +53,9 @@ Vgpu::Parts Vgpu::MakeParts(const VgpuConfig& config) {
       break;
     case PinMode::kMlock:
       parts.pin_backend = domain::MakeMlockPinBackend();
+      break;
+    case PinMode::kIoUring:
+      MVGPU_ASSIGN_OR_RETURN(parts.pin_backend, domain::MakeIoUringPinBackend());
       break;
   }
   switch (config.dma) {

@@ -68,7 +68,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     bool all_released() const;
   };
 
-  static Parts MakeParts(const VgpuConfig& config);
+  // Errors: those of MakeIoUringPinBackend().
+  static Result<Parts> MakeParts(const VgpuConfig& config);
   // `observer` may be null; it and `owner` outlive the vGPU. Errors: those of Ledger::Open(),
   // ApiOnlyDomain::Create() and GpuDevice::Create().
   static Result<std::unique_ptr<Vgpu>> Create(VgpuConfig config, Parts parts,

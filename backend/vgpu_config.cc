@@ -26,13 +26,15 @@ Result<void> ReadNumber(const json& object, const char* key, uint64_t largest, T
 
 }  // namespace
 
+const std::map<std::string, PinMode>& PinModes() {
+  static const std::map<std::string, PinMode> modes = {
+      {"io-uring", PinMode::kIoUring}, {"mlock", PinMode::kMlock}, {"none", PinMode::kNone}};
+  return modes;
+}
+
 std::string_view PinModeName(PinMode mode) {
-  switch (mode) {
-    case PinMode::kNone:
-      return "none";
-    case PinMode::kMlock:
-      return "mlock";
-  }
+  for (const auto& [name, named] : PinModes())
+    if (named == mode) return name;
   return "";
 }
 

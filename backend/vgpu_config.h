@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <string>
 #include <string_view>
 
@@ -9,7 +10,7 @@
 
 namespace mvgpu::backend {
 
-enum class PinMode : uint8_t { kNone, kMlock };
+enum class PinMode : uint8_t { kNone, kMlock, kIoUring };
 enum class DmaMode : uint8_t { kNone };
 
 // What a vGPU is made of. The part that its guest can notice travels with a trace (to_json), so
@@ -29,6 +30,8 @@ struct VgpuConfig {
   static Result<VgpuConfig> FromJson(std::string_view json);
 };
 
+// By the names that command lines and reports use.
+const std::map<std::string, PinMode>& PinModes();
 std::string_view PinModeName(PinMode mode);
 std::string_view DmaModeName(DmaMode mode);
 

@@ -27,7 +27,7 @@ Liveness LivenessOf(const ProcessId& process);
 // What the kernel counts for a process (facts of /proc/PID/status).
 struct KernelCounters {
   uint64_t vm_lck_kb = 0;  // locked_vm: mlock, VFIO type1
-  uint64_t vm_pin_kb = 0;  // pinned_vm: iommufd, RDMA, vDPA
+  uint64_t vm_pin_kb = 0;  // pinned_vm: io_uring, iommufd, RDMA, vDPA
 };
 // nullopt when the process is not alive or not ours to look at.
 std::optional<KernelCounters> KernelCountersOf(const ProcessId& process);

@@ -49,6 +49,13 @@ void RenderRow(Out out, const LedgerSnapshot::Row& row) {
                  row.charged_pages, row.locked_pages);
 }
 
+// Where the kernel counts what a pin back end holds.
+std::string_view KernelFigureOf(std::string_view pin_backend) {
+  if (pin_backend == "mlock") return " (VmLck)";
+  if (pin_backend == "io-uring") return " (VmPin)";
+  return "";
+}
+
 // Processes, not rows: the kernel does not know of domains.
 void RenderKernel(Out out, const AuditReport::Vm& vm) {
   std::set<uint32_t> seen;
@@ -64,8 +71,8 @@ void RenderKernel(Out out, const AuditReport::Vm& vm) {
         pid, vm.kernel[i]->vm_lck_kb, vm.kernel[i]->vm_pin_kb, BytesIn(locked) / 1024);
   }
   for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
-    fmt::format_to(out, "  {}: pinned by {}, {}-page granules\n", Shortened(row.name, 15),
-                   row.pin_backend, row.granule_pages);
+    fmt::format_to(out, "  {}: pinned by {}{}, {}-page granules\n", Shortened(row.name, 15),
+                   row.pin_backend, KernelFigureOf(row.pin_backend), row.granule_pages);
   }
 }
 

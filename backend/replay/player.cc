@@ -42,7 +42,7 @@ Result<std::unique_ptr<Player>> Player::Create(TraceReader* reader, Options opti
   config.pin = options.pin;
   config.dma = options.dma;
   std::unique_ptr<Player> player(new Player(reader));
-  Vgpu::Parts parts = Vgpu::MakeParts(config);
+  MVGPU_ASSIGN_OR_RETURN(Vgpu::Parts parts, Vgpu::MakeParts(config));
   parts.mapper = player->account_.Watch(std::move(parts.mapper));
   MVGPU_ASSIGN_OR_RETURN(
       player->vgpu_, Vgpu::Create(std::move(config), std::move(parts), player.get(), player.get()));

@@ -35,7 +35,7 @@ class ApiOnlyDomainLedgerTest : public LedgerFixture {
     return std::move(*domain);
   }
 
-  GuestRam ram_{512ull << 20};  // sparse; granules of 8 pages
+  GuestRam ram_{512ull << 20};  // sparse
   Container container_;
   Owner owner_;
 };
@@ -57,9 +57,9 @@ TEST_F(ApiOnlyDomainLedgerTest, TheLedgerAndTheKernelSayWhatTheDomainHolds) {
     EXPECT_EQ(seen.rows[0].pinned_pages, 8u);
     EXPECT_EQ(seen.rows[0].unique_pages, 6u);
     EXPECT_EQ(seen.rows[0].charged_pages, 6u);
-    EXPECT_EQ(seen.rows[0].granule_pages, 8u);
-    EXPECT_EQ(seen.rows[0].locked_pages, 8u);
-    EXPECT_EQ(KernelLockedPages() - before, 8u);
+    EXPECT_EQ(seen.rows[0].granule_pages, 1u);
+    EXPECT_EQ(seen.rows[0].locked_pages, 6u);
+    EXPECT_EQ(KernelLockedPages() - before, 6u);
     ExpectInOrder();
   }
   EXPECT_EQ(Look().rows[0].unique_pages, 0u);

@@ -102,10 +102,12 @@ TEST_F(PlayerTest, ReplayIsTheSessionOnceMore) {
 
 TEST_F(PlayerTest, PagesArePinnedForRealWhenAsked) {
   Record();
-  const Replay replay = Play(testing::ReadFile(trace_path()), {.pin = PinMode::kMlock});
-  ASSERT_THAT(replay.outcome, IsOk());
-  EXPECT_EQ(replay.outcome->differences, 0u);
-  EXPECT_TRUE(replay.outcome->all_released);
+  for (const PinMode pin : {PinMode::kMlock, PinMode::kIoUring}) {
+    const Replay replay = Play(testing::ReadFile(trace_path()), {.pin = pin});
+    ASSERT_THAT(replay.outcome, IsOk());
+    EXPECT_EQ(replay.outcome->differences, 0u);
+    EXPECT_TRUE(replay.outcome->all_released);
+  }
 }
 
 TEST_F(PlayerTest, PinLimitOfTheSessionHoldsInTheReplay) {

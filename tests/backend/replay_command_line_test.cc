@@ -141,7 +141,7 @@ class ReplayCommandLineTest : public backend::RecordedVgpuTest {
 };
 
 TEST_F(ReplayCommandLineTest, TraceByNameRunsAlsoWithRealPins) {
-  for (const char* pin : {"none", "mlock"}) {
+  for (const char* pin : {"none", "mlock", "io-uring"}) {
     const Ran ran = RunReplay({"run", trace_path(), "--json", std::string("--pin=") + pin});
     EXPECT_EQ(ran.exit_code, 0) << ran.err;
     EXPECT_EQ(ran.report()["counters"], json::parse(summary_));

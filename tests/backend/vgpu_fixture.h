@@ -36,7 +36,9 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   }
 
   void MakeVgpu() {
-    auto vgpu = Vgpu::Create(config_, Vgpu::MakeParts(config_), observer(), this);
+    auto parts = Vgpu::MakeParts(config_);
+    ASSERT_THAT(parts, testing::IsOk());
+    auto vgpu = Vgpu::Create(config_, std::move(*parts), observer(), this);
     ASSERT_THAT(vgpu, testing::IsOk());
     vgpu_ = std::move(*vgpu);
     guest_ = std::make_unique<testing::GpuGuest>(vgpu_.get(), [this] { return Wait(); });

@@ -193,6 +193,28 @@ TEST_F(MlockTest, KernelAgreesThatPagesAreLockedOnlyWhileAttached) {
   EXPECT_EQ(testing::KernelLockedPages(), before);
 }
 
+class IoUringTest : public VgpuLifeTest {
+ protected:
+  IoUringTest() { config_.pin = PinMode::kIoUring; }
+};
+
+TEST_F(IoUringTest, KernelAgreesThatPagesArePinnedOnlyWhileAttached) {
+  const uint64_t before = testing::KernelPinnedPages();
+  StartGuest();
+  EXPECT_EQ(guest_->create(1), kOk);
+  EXPECT_EQ(guest_->attach_picture(1), kOk);
+  EXPECT_EQ(Now().domain.locked_pages, kPicturePages);
+  EXPECT_EQ(testing::KernelPinnedPages(), before + kPicturePages);
+  ASSERT_THAT(guest_->unmap_pictures(), IsOk());
+  EXPECT_EQ(testing::KernelPinnedPages(), before);
+  ASSERT_THAT(guest_->map_pictures(), IsOk());
+  EXPECT_EQ(guest_->set_scanout(1), kOk);
+  EXPECT_EQ(guest_->transfer(1), kOk);
+  EXPECT_GT(testing::KernelPinnedPages(), before);
+  EXPECT_EQ(guest_->unref(1), kOk);
+  EXPECT_EQ(testing::KernelPinnedPages(), before);
+}
+
 class LedgerTest : public VgpuLifeTest {
  protected:
   static constexpr const char* kVm = "00112233-4455-6677-8899-aabbccddeeff";
@@ -233,7 +255,7 @@ TEST(VgpuCreateTest, ConfigurationsThatCannotBeAreRefused) {
     void on_unsealed_memory(IovaRange) override {}
   } owner;
   const auto create = [&owner](const VgpuConfig& config) {
-    return Vgpu::Create(config, Vgpu::MakeParts(config), nullptr, &owner);
+    return Vgpu::Create(config, std::move(*Vgpu::MakeParts(config)), nullptr, &owner);
   };
   VgpuConfig config;
   config.pin = PinMode::kNone;
