@@ -194,15 +194,13 @@ class ApiOnlyDomain final : public Domain {
                        PinnedRuns* runs);
   void ReleaseMiss(PinContext* context, PageRun run, bool for_write, PinCounts::Form form);
   void CloseContext(PinContext* context);
-  // The pages behind these IOVA pages that no context holds, here or at other IOVAs that show them;
-  // each once.
-  std::vector<FilePages> UnheldLocked(std::vector<PageRun> unheld) const
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // The pages behind the IOVA pages in scratch_.unheld that no context holds, here or at other
+  // IOVAs that show them; each once. Valid until the next call.
+  std::span<const FilePages> UnheldLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   // Appends those of the pages that no context holds at any of the IOVAs that show them.
-  void AppendUnaliasedLocked(const FilePages& pages, std::vector<FilePages>* parts) const
+  void AppendUnaliasedLocked(const FilePages& pages, std::vector<FilePages>* parts)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
-  void SubtractHeldLocked(std::vector<PageRun>* runs) const
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  void SubtractHeldLocked(std::vector<PageRun>* runs) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   // Pins and charges pages that nobody held before: all of them, or none and an error.
   Result<void> HoldLocked(std::span<const FilePages> fresh)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
@@ -249,6 +247,12 @@ class ApiOnlyDomain final : public Domain {
   std::unique_ptr<LedgerRow> ledger_row_;  // set once by Create(); locks itself
   std::vector<PinContext*> contexts_ ABSL_GUARDED_BY(pin_mutex_);
   MappedFiles files_ ABSL_GUARDED_BY(pin_mutex_);
+  // What a miss works with; kept, so that misses allocate nothing.
+  struct {
+    std::vector<PageRun> unheld;
+    std::vector<PageRun> rest;
+    std::vector<FilePages> parts;
+  } scratch_ ABSL_GUARDED_BY(pin_mutex_);
   bool unmap_waits_ ABSL_GUARDED_BY(pin_mutex_) = false;
   uint32_t granule_pages_ ABSL_GUARDED_BY(pin_mutex_) = 1;  // the largest, as the ledger shows it
   // Without what the contexts count themselves; of closed contexts, what they counted.

@@ -256,12 +256,13 @@ std::vector<Mapping> Container::mappings() const {
 }
 
 Result<std::shared_ptr<GuestFile>> Container::FileOf(UniqueFd fd) {
-  MVGPU_ASSIGN_OR_RETURN(const FileIdentity identity, GuestFile::IdentityOf(fd.get()));
+  MVGPU_ASSIGN_OR_RETURN(const struct stat status, GuestFile::Inspect(fd.get()));
+  const FileIdentity identity = GuestFile::IdentityOf(status);
   const auto known = files_.find(identity);
   if (known != files_.end()) {
     if (auto file = known->second.lock()) return file;
   }
-  MVGPU_ASSIGN_OR_RETURN(auto created, GuestFile::Create(std::move(fd)));
+  MVGPU_ASSIGN_OR_RETURN(auto created, GuestFile::Create(std::move(fd), status));
   absl::erase_if(files_, [](const auto& entry) { return entry.second.expired(); });
   std::shared_ptr<GuestFile> file = std::move(created);
   files_[identity] = file;

@@ -15,20 +15,19 @@ Result<void> ApiOnlyDomain::PinMiss(PinContext* context, IovaRange pages, Access
                                     PinCounts::Form form, PinnedRuns* runs) {
   const bool for_write = PinContext::IsForWrite(access);
   MutexLock lock(pin_mutex_);
-  std::vector<PageRun> unheld;  // by this context
   std::optional<PageDirectory::Stop> stop;
+  scratch_.unheld.clear();
   {
     SpinLockHold hold(context->lock_);
     stop = directory_.walk(pages, static_cast<uint64_t>(access), [&](auto extent) {
       runs->push_back({extent.iova, extent.host});
     });
-    context->CountsLocked(for_write).append_unheld(PagesOf(pages), &unheld);
+    context->CountsLocked(for_write).append_unheld(PagesOf(pages), &scratch_.unheld);
   }
   if (stop) return tl::unexpected<Error>(StopError(pages, *stop, access));
   // The context's lock is free during the system calls. What it holds cannot change meanwhile: that
   // takes the pin lock.
-  const std::vector<FilePages> fresh = UnheldLocked(unheld);
-  MVGPU_RETURN_IF_ERROR(HoldLocked(fresh));
+  MVGPU_RETURN_IF_ERROR(HoldLocked(UnheldLocked()));
   {
     SpinLockHold hold(context->lock_);
     context->CountsLocked(for_write).add(PagesOf(pages), form);
@@ -41,13 +40,13 @@ Result<void> ApiOnlyDomain::PinMiss(PinContext* context, IovaRange pages, Access
 void ApiOnlyDomain::ReleaseMiss(PinContext* context, PageRun run, bool for_write,
                                 PinCounts::Form form) {
   MutexLock lock(pin_mutex_);
-  std::vector<PageRun> freed;
+  scratch_.unheld.clear();
   {
     SpinLockHold hold(context->lock_);
-    context->CountsLocked(for_write).remove(run, form, &freed);
+    context->CountsLocked(for_write).remove(run, form, &scratch_.unheld);
     context->figures_.pinned_pages -= run.count;
   }
-  for (const FilePages& pages : UnheldLocked(freed)) {
+  for (const FilePages& pages : UnheldLocked()) {
     LetGoLocked(pages);
     counters_.unique_pages -= pages.pages.count;
   }
@@ -55,35 +54,34 @@ void ApiOnlyDomain::ReleaseMiss(PinContext* context, PageRun run, bool for_write
   if (unmap_waits_) released_.notify_all();
 }
 
-void ApiOnlyDomain::SubtractHeldLocked(std::vector<PageRun>* runs) const {
+void ApiOnlyDomain::SubtractHeldLocked(std::vector<PageRun>* runs) {
   for (PinContext* context : contexts_) {
     SpinLockHold hold(context->lock_);
     for (const PinCounts& counts : context->counts_) {
       if (counts.empty()) continue;
-      std::vector<PageRun> rest;
-      for (const PageRun& run : *runs) counts.append_unheld(run, &rest);
-      *runs = std::move(rest);
+      scratch_.rest.clear();
+      for (const PageRun& run : *runs) counts.append_unheld(run, &scratch_.rest);
+      runs->swap(scratch_.rest);
     }
   }
 }
 
-std::vector<FilePages> ApiOnlyDomain::UnheldLocked(std::vector<PageRun> unheld) const {
-  SubtractHeldLocked(&unheld);
-  std::vector<FilePages> parts;
-  for (PageRun rest : unheld) {
+std::span<const FilePages> ApiOnlyDomain::UnheldLocked() {
+  SubtractHeldLocked(&scratch_.unheld);
+  scratch_.parts.clear();
+  for (PageRun rest : scratch_.unheld) {
     while (rest.count != 0) {
       // Mapped: a pin has just looked, or a pin that is being released kept the mapping.
       const PageDirectory::Found found = directory_.find(Iova(BytesIn(rest.first)));
       const FilePages pages = files_.at(found.host, std::min(rest.count, PagesIn(found.left)));
-      AppendUnaliasedLocked(pages, &parts);
+      AppendUnaliasedLocked(pages, &scratch_.parts);
       rest = {rest.first + pages.pages.count, rest.count - pages.pages.count};
     }
   }
-  return parts;
+  return scratch_.parts;
 }
 
-void ApiOnlyDomain::AppendUnaliasedLocked(const FilePages& pages,
-                                          std::vector<FilePages>* parts) const {
+void ApiOnlyDomain::AppendUnaliasedLocked(const FilePages& pages, std::vector<FilePages>* parts) {
   const auto append = [parts](const FilePages& part) {
     if (!parts->empty() && parts->back().file == part.file &&
         parts->back().pages.end() == part.pages.first) {

@@ -15,19 +15,6 @@ namespace mvgpu::domain {
 
 namespace {
 
-Result<struct stat> StatRegularFile(int fd) {
-  struct stat status = {};
-  if (fstat(fd, &status) != 0) return FailSystem(errno, "fstat of guest memory");
-  if (!S_ISREG(status.st_mode)) {
-    return Fail(
-        ErrorCode::kInvalid,
-        fmt::format("guest memory must be a memfd or a regular file, not file type {:#o}; use "
-                    "memory-backend-memfd,share=on",
-                    status.st_mode & S_IFMT));
-  }
-  return status;
-}
-
 // Only hugetlbfs and tmpfs with huge pages have large blocks; of these the first cannot map less.
 uint64_t BlockSizeOf(int fd, const struct stat& status) {
   struct statfs filesystem = {};
@@ -41,8 +28,7 @@ uint64_t BlockSizeOf(int fd, const struct stat& status) {
 // Shared, and writable if the descriptor is. One system call for the common case.
 Result<std::pair<std::byte*, bool>> MapShared(int fd, uint64_t size) {
   bool writable = true;
-  void* base =
-      mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
+  void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
   if (base == MAP_FAILED && (errno == EACCES || errno == EPERM)) {
     writable = false;
     base = mmap(nullptr, size, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
@@ -56,13 +42,30 @@ Result<std::pair<std::byte*, bool>> MapShared(int fd, uint64_t size) {
 
 }  // namespace
 
+Result<struct stat> GuestFile::Inspect(int fd) {
+  struct stat status = {};
+  if (fstat(fd, &status) != 0) return FailSystem(errno, "fstat of guest memory");
+  if (!S_ISREG(status.st_mode)) {
+    return Fail(
+        ErrorCode::kInvalid,
+        fmt::format("guest memory must be a memfd or a regular file, not file type {:#o}; use "
+                    "memory-backend-memfd,share=on",
+                    status.st_mode & S_IFMT));
+  }
+  return status;
+}
+
 Result<FileIdentity> GuestFile::IdentityOf(int fd) {
-  MVGPU_ASSIGN_OR_RETURN(const struct stat status, StatRegularFile(fd));
-  return FileIdentity{status.st_dev, status.st_ino};
+  MVGPU_ASSIGN_OR_RETURN(const struct stat status, Inspect(fd));
+  return IdentityOf(status);
 }
 
 Result<std::unique_ptr<GuestFile>> GuestFile::Create(UniqueFd fd) {
-  MVGPU_ASSIGN_OR_RETURN(const struct stat status, StatRegularFile(fd.get()));
+  MVGPU_ASSIGN_OR_RETURN(const struct stat status, Inspect(fd.get()));
+  return Create(std::move(fd), status);
+}
+
+Result<std::unique_ptr<GuestFile>> GuestFile::Create(UniqueFd fd, const struct stat& status) {
   if (status.st_size <= 0) return Fail(ErrorCode::kInvalid, "guest memory file is empty");
   const uint64_t block_size = BlockSizeOf(fd.get(), status);
   const uint64_t size =
@@ -70,9 +73,8 @@ Result<std::unique_ptr<GuestFile>> GuestFile::Create(UniqueFd fd) {
   MVGPU_ASSIGN_OR_RETURN(const auto mapped, MapShared(fd.get(), size));
   InstallSigbusHandler();
   const int seals = fcntl(fd.get(), F_GET_SEALS);  // fails for other files than memfds
-  const FileIdentity identity{status.st_dev, status.st_ino};
-  return std::unique_ptr<GuestFile>(new GuestFile(std::move(fd), identity, mapped.first, size,
-                                                  block_size, mapped.second,
+  return std::unique_ptr<GuestFile>(new GuestFile(std::move(fd), IdentityOf(status), mapped.first,
+                                                  size, block_size, mapped.second,
                                                   seals >= 0 && (seals & F_SEAL_SHRINK)));
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include <sys/types.h>
+#include <sys/stat.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -40,6 +40,7 @@ class GuestFile {
   // Takes the descriptor, maps the whole file shared. Errors: kInvalid (not a regular file, empty),
   // kSystem.
   static Result<std::unique_ptr<GuestFile>> Create(UniqueFd fd);
+  static Result<std::unique_ptr<GuestFile>> Create(UniqueFd fd, const struct stat& status);
   ~GuestFile();
   GuestFile(const GuestFile&) = delete;
   GuestFile& operator=(const GuestFile&) = delete;
@@ -47,6 +48,11 @@ class GuestFile {
   // Identity without mapping anything. Errors: kSystem when fstat fails, kInvalid when not a
   // regular file.
   static Result<FileIdentity> IdentityOf(int fd);
+  static FileIdentity IdentityOf(const struct stat& status) {
+    return {status.st_dev, status.st_ino};
+  }
+  // fstat() of guest memory. Errors: as IdentityOf().
+  static Result<struct stat> Inspect(int fd);
 
   const FileIdentity& identity() const { return identity_; }
   uint64_t size() const { return size_; }  // bytes that are mapped, whole blocks

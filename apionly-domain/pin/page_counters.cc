@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstring>
 #include <utility>
 
 #include "apionly-domain/base/check.h"
@@ -12,66 +11,69 @@ namespace mvgpu::domain {
 
 namespace {
 
-// Sixteen pages at a time: any vector unit of 64-bit machines has that.
-using Vector = uint8_t __attribute__((vector_size(16)));
-using Words = uint64_t __attribute__((vector_size(16)));  // the same bits
-
-// Adds a value to all bytes, modulo 256, and says whether all of them were in [first, last] before.
-// In one pass that is right nearly always, and undone when it was not.
-bool AddToAll(uint8_t* bytes, uint64_t count, uint8_t value, uint8_t first, uint8_t last) {
-  const auto width = static_cast<uint8_t>(last - first);
-  const Vector limit = Vector{} + width;
-  Vector outside{};
-  uint64_t i = 0;
-  for (; i + sizeof(Vector) <= count; i += sizeof(Vector)) {
-    Vector vector;
-    std::memcpy(&vector, bytes + i, sizeof(Vector));
-    const Vector distance = vector - first;
-    outside |= (distance > limit ? distance : limit) ^ limit;  // 0 where distance <= width
-    vector += value;
-    std::memcpy(bytes + i, &vector, sizeof(Vector));
-  }
-  const auto words = reinterpret_cast<Words>(outside);
-  bool is_within = (words[0] | words[1]) == 0;
-  for (; i < count; ++i) {
-    is_within = is_within && static_cast<uint8_t>(bytes[i] - first) <= width;
-    bytes[i] = static_cast<uint8_t>(bytes[i] + value);
-  }
-  return is_within;
-}
-
-void FreeArray(uint8_t* bytes) {
-  if (bytes != nullptr) munmap(bytes, PageCounters::kChunkPages);
+// Zero pages of the kernel until they are written.
+void* MapArray(size_t size) {
+  void* array = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  MVGPU_CHECK(array != MAP_FAILED);  // out of address space
+  return array;
 }
 
 }  // namespace
 
 PageCounters::~PageCounters() {
-  for (const Chunk& chunk : near_) FreeArray(chunk.bytes);
-  for (const auto& [index, chunk] : far_) FreeArray(chunk.bytes);
+  for (Chunk& chunk : near_) Free(&chunk);
+  for (auto& [index, chunk] : far_) Free(&chunk);
 }
 
-bool PageCounters::try_add(PageRun run) { return TryAddToAll(run, 1, kFewest, kMost - 1); }
+void PageCounters::Free(Chunk* chunk) {
+  if (chunk->words != nullptr) munmap(std::exchange(chunk->words, nullptr), kWordBytes);
+  if (chunk->bytes != nullptr) munmap(std::exchange(chunk->bytes, nullptr), kChunkPages);
+}
 
-bool PageCounters::try_remove(PageRun run) { return TryAddToAll(run, 0xff, kFewest + 1, kMost); }
-
-bool PageCounters::TryAddToAll(PageRun run, uint8_t value, uint8_t first, uint8_t last) {
+template <typename Visit>
+uint64_t PageCounters::ForEachWord(PageRun run, Visit visit) {
   for (uint64_t page = run.first; page < run.end();) {
-    const uint64_t end = std::min(run.end(), (page | kChunkMask) + 1);
-    uint8_t* bytes = find(page);
-    const bool is_there = bytes != nullptr;
-    if (!is_there || !AddToAll(bytes, end - page, value, first, last)) {
-      const uint64_t done = is_there ? end : page;
-      for (uint64_t undo = run.first; undo < done;) {
-        const uint64_t undo_end = std::min(done, (undo | kChunkMask) + 1);
-        AddToAll(find(undo), undo_end - undo, static_cast<uint8_t>(-value), 0, 0);
-        undo = undo_end;
-      }
-      return false;
+    uint64_t* word = find(page);
+    if (word == nullptr) return page;
+    const uint64_t chunk_end = std::min(run.end(), (page | kChunkMask) + 1);
+    while (page < chunk_end) {
+      const uint64_t in_word = page % kPagesPerWord;
+      const uint64_t word_first = page - in_word;
+      if (!visit(*word, MaskOf(in_word, chunk_end - word_first))) return page;
+      ++word;
+      page = word_first + kPagesPerWord;
     }
-    page = end;
   }
-  return true;
+  return run.end();
+}
+
+bool PageCounters::TryFlip(PageRun run, uint64_t expected) {
+  const uint64_t stopped = ForEachWord(run, [expected](uint64_t& word, uint64_t mask) {
+    if ((word & mask) != (expected & mask)) return false;
+    word ^= mask;
+    return true;
+  });
+  if (stopped == run.end()) [[likely]] {
+    return true;
+  }
+  ForEachWord({run.first, stopped - run.first}, [](uint64_t& word, uint64_t mask) {
+    word ^= mask;
+    return true;
+  });
+  return false;
+}
+
+bool PageCounters::all_held(PageRun run) const {
+  return const_cast<PageCounters*>(this)->ForEachWord(run, [](uint64_t& word, uint64_t mask) {
+    return ((word | word >> 1) & kOnes & mask) == (kOnes & mask);
+  }) == run.end();
+}
+
+bool PageCounters::all_held_twice(PageRun run) const {
+  return const_cast<PageCounters*>(this)->ForEachWord(run, [](uint64_t& word, uint64_t mask) {
+    return (word & kTwos & mask) == (kTwos & mask);
+  }) == run.end();
 }
 
 void PageCounters::add(PageRun run) {
@@ -83,18 +85,25 @@ void PageCounters::add(PageRun run) {
 }
 
 void PageCounters::AddOne(Chunk* chunk, uint64_t page) {
-  uint8_t& byte = chunk->bytes[page & kChunkMask];
-  if (byte == 0) {
+  uint64_t& word = chunk->words[(page & kChunkMask) / kPagesPerWord];
+  const uint64_t count = word >> ShiftOf(page) & kMore;
+  if (count == kMore) return AddToMany(chunk, page);
+  word += uint64_t{1} << ShiftOf(page);
+  if (count == 0) {
     ++chunk->held;
     ++held_pages_;
+  } else if (count + 1 == kMore) {
+    if (chunk->bytes == nullptr) chunk->bytes = static_cast<uint8_t*>(MapArray(kChunkPages));
+    chunk->bytes[page & kChunkMask] = kMore;
   }
-  if (byte < kMost) {
-    ++byte;
-  } else if (byte == kMost) {
-    byte = kOverflowed;
-    overflow_[page] = uint64_t{kMost} + 1;
-  } else {
-    ++overflow_[page];
+}
+
+void PageCounters::AddToMany(Chunk* chunk, uint64_t page) {
+  uint8_t& byte = chunk->bytes[page & kChunkMask];
+  if (byte > kLargestByte) {
+    ++more_[page];
+  } else if (++byte > kLargestByte) {
+    more_[page] = uint64_t{kLargestByte} + 1;
   }
 }
 
@@ -110,27 +119,37 @@ void PageCounters::remove(PageRun run, std::vector<PageRun>* freed) {
 }
 
 bool PageCounters::RemoveOne(Chunk* chunk, uint64_t page) {
-  MVGPU_CHECK(chunk->bytes != nullptr);
-  uint8_t& byte = chunk->bytes[page & kChunkMask];
-  MVGPU_CHECK(byte != 0);  // released more often than held
-  if (byte == kOverflowed) {
-    const auto it = overflow_.find(page);
-    if (--it->second == kMost) {
-      overflow_.erase(it);
-      byte = kMost;
-    }
-    return false;
-  }
-  if (--byte != 0) return false;
+  MVGPU_CHECK(chunk->words != nullptr);
+  uint64_t& word = chunk->words[(page & kChunkMask) / kPagesPerWord];
+  const uint64_t count = word >> ShiftOf(page) & kMore;
+  MVGPU_CHECK(count != 0);  // released more often than held
+  if (count == kMore && !RemoveFromMany(chunk, page)) return false;
+  word -= uint64_t{1} << ShiftOf(page);
+  if (count != 1) return false;
   --chunk->held;
   --held_pages_;
   return true;
 }
 
+bool PageCounters::RemoveFromMany(Chunk* chunk, uint64_t page) {
+  uint8_t& byte = chunk->bytes[page & kChunkMask];
+  if (byte <= kLargestByte) return --byte < kMore;
+  const auto it = more_.find(page);
+  if (--it->second <= kLargestByte) {
+    more_.erase(it);
+    byte = kLargestByte;
+  }
+  return false;
+}
+
 uint64_t PageCounters::count(uint64_t page) const {
-  const uint8_t* byte = find(page);
-  if (byte == nullptr) return 0;
-  return *byte == kOverflowed ? overflow_.at(page) : *byte;
+  const uint64_t* word = find(page);
+  if (word == nullptr) return 0;
+  const uint64_t count = *word >> ShiftOf(page) & kMore;
+  if (count != kMore) return count;
+  const Chunk* chunk = const_cast<PageCounters*>(this)->FindChunk(page >> kChunkShift);
+  const uint8_t byte = chunk->bytes[page & kChunkMask];
+  return byte <= kLargestByte ? byte : more_.at(page);
 }
 
 bool PageCounters::any(PageRun run) const {
@@ -138,10 +157,9 @@ bool PageCounters::any(PageRun run) const {
   for (const uint64_t index : HeldChunks(run)) {
     const uint64_t first = std::max(run.first, index << kChunkShift);
     const uint64_t end = std::min(run.end(), (index + 1) << kChunkShift);
-    const uint8_t* bytes = find(first);
-    if (!std::all_of(bytes, bytes + (end - first), [](uint8_t byte) { return byte == 0; })) {
-      return true;
-    }
+    const uint64_t stopped = const_cast<PageCounters*>(this)->ForEachWord(
+        {first, end - first}, [](uint64_t& word, uint64_t mask) { return (word & mask) == 0; });
+    if (stopped != end) return true;
   }
   return false;
 }
@@ -151,7 +169,7 @@ void PageCounters::trim(PageRun run) {
   const auto free_if_idle = [run](uint64_t index, Chunk& chunk) {
     const uint64_t first = index << kChunkShift;
     if (chunk.held != 0 || first < run.first || first + kChunkPages > run.end()) return false;
-    FreeArray(std::exchange(chunk.bytes, nullptr));
+    Free(&chunk);
     return true;
   };
   for (uint64_t i = run.first >> kChunkShift; i < near_.size(); ++i) free_if_idle(i, near_[i]);
@@ -167,12 +185,7 @@ PageCounters::Chunk* PageCounters::FindFarChunk(uint64_t index) {
 PageCounters::Chunk* PageCounters::GetChunk(uint64_t index) {
   if (index < kNearChunks && index >= near_.size()) near_.resize(index + 1);
   Chunk& chunk = index < kNearChunks ? near_[index] : far_[index];
-  if (chunk.bytes == nullptr) {
-    void* bytes = mmap(nullptr, kChunkPages, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    MVGPU_CHECK(bytes != MAP_FAILED);  // out of address space
-    chunk.bytes = static_cast<uint8_t*>(bytes);
-  }
+  if (chunk.words == nullptr) chunk.words = static_cast<uint64_t*>(MapArray(kWordBytes));
   return &chunk;
 }
 

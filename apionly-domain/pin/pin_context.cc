@@ -135,12 +135,11 @@ Result<void> PinContext::PinBatch(std::span<const Iova> pages, Access access,
 bool PinContext::TryPinPage(Iova page, Access access, std::byte** host) {
   SpinLockHold hold(lock_);
   const PageDirectory::Found found = domain_.directory_.find(page);
-  uint8_t* byte = CountsLocked(IsForWrite(access)).dense().find(page.page());
-  if (!PageDirectory::IsUsable(found.flags, static_cast<uint64_t>(access)) || byte == nullptr ||
-      !PageCounters::HasRoom(*byte)) {
+  uint64_t* word = CountsLocked(IsForWrite(access)).dense().find(page.page());
+  if (!PageDirectory::IsUsable(found.flags, static_cast<uint64_t>(access)) || word == nullptr ||
+      !PageCounters::TryAddOne(word, page.page())) {
     return false;
   }
-  ++*byte;
   *host = found.host;
   CountPinLocked(1);
   return true;
@@ -149,9 +148,8 @@ bool PinContext::TryPinPage(Iova page, Access access, std::byte** host) {
 bool PinContext::TryUnpinPage(Iova page, Access access) {
   SpinLockHold hold(lock_);
   if (IsForWrite(access) && domain_.dirty_.is_on()) return false;
-  uint8_t* byte = CountsLocked(IsForWrite(access)).dense().find(page.page());
-  if (byte == nullptr || !PageCounters::StaysHeld(*byte)) return false;
-  --*byte;
+  uint64_t* word = CountsLocked(IsForWrite(access)).dense().find(page.page());
+  if (word == nullptr || !PageCounters::TryRemoveOne(word, page.page())) return false;
   --figures_.pinned_pages;
   return true;
 }
@@ -161,7 +159,7 @@ bool PinContext::TryUnpinPage(Iova page, Access access) {
 Result<void> PinContext::PinHits(std::span<const Iova> pages, Access access,
                                  std::span<std::byte*> host, uint64_t* misses) {
   const auto wanted = static_cast<uint64_t>(access);
-  std::array<uint8_t*, kBatch> bytes;
+  std::array<uint64_t*, kBatch> words;
   uint64_t missed = 0;
   {
     SpinLockHold hold(lock_);
@@ -171,14 +169,13 @@ Result<void> PinContext::PinHits(std::span<const Iova> pages, Access access,
       const PageDirectory::Found found = domain_.directory_.find(pages[i]);
       usable &= PageDirectory::IsUsable(found.flags, wanted);
       host[i] = found.host;
-      bytes[i] = counters.find(pages[i].page());
-      __builtin_prefetch(bytes[i], /*rw=*/1);
+      words[i] = counters.find(pages[i].page());
+      __builtin_prefetch(words[i], /*rw=*/1);
     }
     if (usable) [[likely]] {
       for (size_t i = 0; i < pages.size(); ++i) {
-        if (bytes[i] != nullptr && PageCounters::HasRoom(*bytes[i])) [[likely]] {
-          ++*bytes[i];
-        } else {
+        const bool hit = words[i] != nullptr && PageCounters::TryAddOne(words[i], pages[i].page());
+        if (!hit) [[unlikely]] {
           missed |= uint64_t{1} << i;
         }
       }
@@ -216,23 +213,23 @@ Result<void> PinContext::UnpinHits(std::span<const Iova> pages, Access access, u
     SpinLockHold hold(lock_);
     mark_dirty = IsForWrite(access) && domain_.dirty_.is_on();
     PageCounters& counters = CountsLocked(IsForWrite(access)).dense();
-    std::array<uint8_t*, kBatch> bytes;
+    std::array<uint64_t*, kBatch> words;
     for (size_t i = 0; i < pages.size(); ++i) {
-      bytes[i] = counters.find(pages[i].page());
-      __builtin_prefetch(bytes[i], /*rw=*/1);
+      words[i] = counters.find(pages[i].page());
+      __builtin_prefetch(words[i], /*rw=*/1);
     }
     uint64_t missed = 0;
     for (size_t i = 0; i < pages.size(); ++i) {
-      if (bytes[i] != nullptr && PageCounters::StaysHeld(*bytes[i])) [[likely]] {
-        --*bytes[i];
-      } else {
+      const bool hit = words[i] != nullptr && PageCounters::TryRemoveOne(words[i], pages[i].page());
+      if (!hit) [[unlikely]] {
         missed |= uint64_t{1} << i;
       }
     }
     if (missed != 0) {
       const auto unheld = FirstUnheld(counters, pages, missed);
       if (unheld) {
-        ForEachBit(~missed & MaskOf(pages.size()), [&](size_t i) { ++*bytes[i]; });
+        ForEachBit(~missed & MaskOf(pages.size()),
+                   [&](size_t i) { PageCounters::TryAddOne(words[i], pages[i].page()); });
         return Fail(ErrorCode::kInvalid,
                     fmt::format("{}: {} releases iova {:#x}, which it does not hold",
                                 domain_.name(), owner_->pin_owner_name(), unheld->value()));

@@ -11,6 +11,7 @@ void PinCounts::add(PageRun run, Form form) {
 }
 
 void PinCounts::remove(PageRun run, Form form, std::vector<PageRun>* freed) {
+  if (form == Form::kDense && runs_.empty()) return dense_.remove(run, freed);
   std::vector<PageRun> gone;
   if (form == Form::kDense) {
     dense_.remove(run, &gone);
@@ -22,14 +23,18 @@ void PinCounts::remove(PageRun run, Form form, std::vector<PageRun>* freed) {
 }
 
 bool PinCounts::TryAddSlowly(PageRun run, Form form) {
-  std::vector<PageRun> unheld;
-  append_unheld(run, &unheld);
-  if (!unheld.empty()) return false;
+  if (!dense_.all_held(run)) {
+    if (runs_.empty()) return false;
+    std::vector<PageRun> unheld;
+    append_unheld(run, &unheld);
+    if (!unheld.empty()) return false;
+  }
   add(run, form);
   return true;
 }
 
 bool PinCounts::TryRemoveSlowly(PageRun run, Form form) {
+  if (form == Form::kDense && runs_.empty() && !dense_.all_held_twice(run)) return false;
   std::vector<PageRun> freed;
   remove(run, form, &freed);
   if (freed.empty()) return true;
@@ -38,14 +43,14 @@ bool PinCounts::TryRemoveSlowly(PageRun run, Form form) {
 }
 
 void PinCounts::append_unheld(PageRun run, std::vector<PageRun>* unheld) const {
-  for (const PageRun& gap : runs_.uncovered(run)) {
+  runs_.for_each_uncovered(run, [&](PageRun gap) {
     uint64_t page = gap.first;
     dense_.for_each_held(gap, [&](PageRun held) {
       if (held.first > page) unheld->push_back({page, held.first - page});
       page = held.end();
     });
     if (page < gap.end()) unheld->push_back({page, gap.end() - page});
-  }
+  });
 }
 
 void PinCounts::append_held(PageRun run, std::vector<PageRun>* held) const {

@@ -18,12 +18,7 @@ RunCounter::Runs::const_iterator RunCounter::first_overlap(PageRun run) const {
 
 std::vector<PageRun> RunCounter::uncovered(PageRun run) const {
   std::vector<PageRun> gaps;
-  uint64_t page = run.first;
-  for (auto it = first_overlap(run); it != runs_.end() && it->first < run.end(); ++it) {
-    if (it->first > page) gaps.push_back({page, it->first - page});
-    page = it->second.end;
-  }
-  if (page < run.end()) gaps.push_back({page, run.end() - page});
+  for_each_uncovered(run, [&gaps](PageRun gap) { gaps.push_back(gap); });
   return gaps;
 }
 

@@ -18,6 +18,16 @@ class RunCounter {
  public:
   // The parts of `run` that are not held, in order.
   std::vector<PageRun> uncovered(PageRun run) const;
+  // Calls visit(PageRun) for each of them.
+  template <typename Visit>
+  void for_each_uncovered(PageRun run, Visit visit) const {
+    uint64_t page = run.first;
+    for (auto it = first_overlap(run); it != runs_.end() && it->first < run.end(); ++it) {
+      if (it->first > page) visit(PageRun{page, it->first - page});
+      page = it->second.end;
+    }
+    if (page < run.end()) visit(PageRun{page, run.end() - page});
+  }
   // True when any page of the run is held.
   bool any(PageRun run) const;
   // Calls visit(PageRun) for each stretch of held pages in the run, in order.
