@@ -90,7 +90,7 @@ class PageCounters {
   static constexpr uint8_t kLargestByte = 254;  // or, when that is 255, in more_
   static constexpr size_t kWordBytes = kChunkPages / kPagesPerWord * sizeof(uint64_t);
 
-  struct Chunk {
+  struct alignas(32) Chunk {
     uint64_t* words = nullptr;  // 2 bits per page: the kernel's zero pages until they are written
     uint8_t* bytes = nullptr;   // one per page, valid where the 2 bits are kMore
     uint64_t held = 0;          // pages

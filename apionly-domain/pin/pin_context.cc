@@ -48,11 +48,14 @@ PinContext::~PinContext() {
 Result<PinnedRange> PinContext::pin(IovaRange range, Access access) {
   const IovaRange pages = range.page_expanded();
   const auto form = PinCounts::FormFor(PagesOf(pages).count);
-  PinnedRange pinned(this, IsForWrite(access), form);
-  if (!TryPin(pages, access, form, &pinned.runs_)) [[unlikely]] {
+  Result<PinnedRange> pinned;  // filled where it is: moving one costs as much as a hit
+  pinned->context_ = this;
+  pinned->for_write_ = IsForWrite(access);
+  pinned->form_ = form;
+  if (!TryPin(pages, access, form, &pinned->runs_)) [[unlikely]] {
     PinnedRuns runs;  // in the handle only when they are pinned
     MVGPU_RETURN_IF_ERROR(domain_.PinMiss(this, pages, access, form, &runs));
-    pinned.runs_ = std::move(runs);
+    pinned->runs_ = std::move(runs);
   }
   return pinned;
 }
@@ -160,20 +163,23 @@ Result<void> PinContext::PinHits(std::span<const Iova> pages, Access access,
                                  std::span<std::byte*> host, uint64_t* misses) {
   const auto wanted = static_cast<uint64_t>(access);
   std::array<uint64_t*, kBatch> words;
+  std::array<std::byte*, kBatch> hosts;
   uint64_t missed = 0;
   {
     SpinLockHold hold(lock_);
     PageCounters& counters = CountsLocked(IsForWrite(access)).dense();
+    // Writes to nothing but arrays of its own: so the compiler keeps the rest in registers.
     bool usable = true;
     for (size_t i = 0; i < pages.size(); ++i) {
       const PageDirectory::Found found = domain_.directory_.find(pages[i]);
       usable &= PageDirectory::IsUsable(found.flags, wanted);
-      host[i] = found.host;
+      hosts[i] = found.host;
       words[i] = counters.find(pages[i].page());
       __builtin_prefetch(words[i], /*rw=*/1);
     }
     if (usable) [[likely]] {
       for (size_t i = 0; i < pages.size(); ++i) {
+        host[i] = hosts[i];
         const bool hit = words[i] != nullptr && PageCounters::TryAddOne(words[i], pages[i].page());
         if (!hit) [[unlikely]] {
           missed |= uint64_t{1} << i;

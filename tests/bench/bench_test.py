@@ -1,0 +1,94 @@
+#!/usr/bin/env python3
+"""mvgpu-bench runs all its rows, says so in JSON, and refuses wrong arguments.
+
+Usage: bench_test.py MVGPU_BENCH
+The figures of --quick say nothing, so none is checked against its target.
+"""
+
+import json
+import subprocess
+import sys
+import unittest
+
+# The lines of the speed table: what rows' names begin with, and how many there are with a target.
+TOPICS = {
+    "translate, ": 5,
+    "pin + release, batch of 64, ": 2,
+    "pin + release, batch of 1, ": 1,
+    "pin + release, 64 contiguous pages": 1,
+    "pin + release, 512 contiguous pages": 1,
+    "two threads, ": 2,
+    "first pin + last release, isolated page, ": 2,
+    "first pin + last release, 64 contiguous pages, ": 2,
+    "isolated pages held at a time, ": 2,
+    "memory ": 2,
+    "map + unmap of 2 MiB, ": 6,
+}
+# Where a process may not use io_uring the row says so instead of figures.
+MAY_FAIL = "io-uring"
+
+
+def bench(*arguments):
+    return subprocess.run([bench.path, *arguments], capture_output=True, text=True, timeout=100)
+
+
+class TheDomainTable(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        done = bench("--table=domain", "--quick", "--json")
+        assert done.returncode == 0, done.stderr
+        cls.report = json.loads(done.stdout)
+
+    def test_names_the_machine(self):
+        machine = self.report["machine"]
+        self.assertTrue(machine["kernel"].startswith("Linux "))
+        self.assertGreaterEqual(machine["cores"], 1)
+
+    def test_has_every_line_of_the_speed_table(self):
+        for topic, count in TOPICS.items():
+            found = [row["name"] for row in self.report["rows"]
+                     if row["name"].startswith(topic) and row["target"] is not None]
+            self.assertEqual(len(found), count, (topic, found))
+
+    def test_every_row_has_figures_in_order(self):
+        for row in self.report["rows"]:
+            with self.subTest(row["name"]):
+                if "failure" in row:
+                    self.assertIn(MAY_FAIL, row["name"], row["failure"])
+                    continue
+                self.assertGreater(row["median"], 0)
+                self.assertLessEqual(row["min"], row["median"])
+                self.assertLessEqual(row["median"], row["max"])
+
+    def test_ok_says_whether_the_target_is_met(self):
+        for row in self.report["rows"]:
+            if "failure" in row or row["target"] is None:
+                continue
+            met = (row["median"] <= row["target"]["at_most"] if "at_most" in row["target"]
+                   else row["median"] >= row["target"]["at_least"])
+            self.assertEqual(row["ok"], met, row)
+
+
+class TheCommandLine(unittest.TestCase):
+    def test_rows_selects_by_name(self):
+        done = bench("--quick", "--json", "--rows=8 mappings, dep")
+        self.assertEqual([row["name"] for row in json.loads(done.stdout)["rows"]],
+                         ["translate, 8 mappings, dependent"])
+
+    def test_text_has_a_line_for_each_row(self):
+        done = bench("--quick", "--rows=8 mappings, ")
+        self.assertEqual(done.returncode, 0)
+        self.assertEqual(sum(line.startswith("translate, ") for line in done.stdout.splitlines()), 2)
+
+    def test_wrong_arguments_are_refused(self):
+        for wrong in ("--table=nothing", "--repetitions=8", "--repetitions=x", "--what"):
+            with self.subTest(wrong):
+                done = bench("--quick", wrong)
+                self.assertEqual(done.returncode, 2)
+                self.assertEqual(done.stdout, "")
+                self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+
+
+if __name__ == "__main__":
+    bench.path = sys.argv.pop(1)
+    unittest.main()
