@@ -86,11 +86,7 @@ FilePages ApiOnlyDomain::backing_of(const PinnedRun& run) const {
 }
 
 Result<void> ApiOnlyDomain::on_map(const Mapping& mapping) {
-  if (mapping.file == nullptr) {
-    MutexLock lock(fileless_mutex_);
-    fileless_.emplace(mapping.iova.start().value(), mapping);
-    return {};
-  }
+  if (mapping.file == nullptr) return {};
   {
     MutexLock lock(pin_mutex_);
     files_.add(mapping);
@@ -98,8 +94,19 @@ Result<void> ApiOnlyDomain::on_map(const Mapping& mapping) {
     if (ledger_row_ != nullptr) ledger_row_->set_mapped_pages(counters_.mapped_pages);
   }
   directory_.map(mapping.iova, mapping.file->host_address(mapping.file_offset),
-                 static_cast<uint64_t>(mapping.access));
+                 static_cast<uint64_t>(mapping.access) | PageDirectory::kGoing);
   return {};
+}
+
+void ApiOnlyDomain::on_map_done(const Mapping& mapping, bool mapped) {
+  if (!mapped) {
+    if (mapping.file != nullptr) on_unmap_done({mapping.iova, {&mapping, 1}}, /*unmapped=*/true);
+  } else if (mapping.file != nullptr) {
+    directory_.set_going(mapping.iova, false);
+  } else {
+    MutexLock lock(fileless_mutex_);
+    fileless_.emplace(mapping.iova.start().value(), mapping);
+  }
 }
 
 std::vector<ApiOnlyDomain::Holder> ApiOnlyDomain::holders(IovaRange range) const {
@@ -124,11 +131,10 @@ std::vector<ApiOnlyDomain::Holder> ApiOnlyDomain::holders(IovaRange range) const
 }
 
 void ApiOnlyDomain::start_dirty_log() {
-  dirty_.start();
-  // Releases and copies that saw the log off have ended before this returns: what they wrote is
-  // there for whoever copies all memory next.
+  // With the pin lock: a release that saw the log off has ended, and what its device wrote is there
+  // for whoever copies all memory next.
   MutexLock lock(pin_mutex_);
-  for (PinContext* context : contexts_) SpinLockHold hold(context->lock_);
+  dirty_.start();
 }
 
 void ApiOnlyDomain::stop_dirty_log() { dirty_.stop(); }
@@ -140,8 +146,8 @@ Result<void> ApiOnlyDomain::read_dirty(IovaRange range, uint64_t bit_size, Dirty
     return Fail(ErrorCode::kInvalid,
                 fmt::format("{}: dirty pages are not logged; start the log first", options_.name));
   }
+  MutexLock lock(pin_mutex_);  // no page goes from held to marked in between
   dirty_.read(range, bit_size, read, bitmap);
-  MutexLock lock(pin_mutex_);
   for (PinContext* context : contexts_) {
     std::vector<PageRun> held;
     {

@@ -144,7 +144,8 @@ class ApiOnlyDomain final : public Domain {
   // before. It is an ordinary write, preceded by a release fence.
   Result<void> publish(Iova iova, std::span<const std::byte> source);
 
-  // The pages behind a run. REQUIRES: the run is part of a live PinnedRange.
+  // The pages behind a run, up to the end of the first one's file: a run of huge pages may go on in
+  // another file. REQUIRES: the run is part of a live PinnedRange.
   FilePages backing_of(const PinnedRun& run) const;
 
   // Dirty tracking. From start on, writes and pins for write mark pages by IOVA; mappings that are
@@ -168,6 +169,7 @@ class ApiOnlyDomain final : public Domain {
 
   std::string_view name() const override { return options_.name; }
   Result<void> on_map(const Mapping& mapping) override;
+  void on_map_done(const Mapping& mapping, bool mapped) override;
   Result<void> on_unmap(const Unmapping& unmapping) override;
   void on_unmap_done(const Unmapping& unmapping, bool unmapped) override;
 

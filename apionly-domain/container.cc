@@ -54,15 +54,15 @@ Result<void> Container::map(MapRequest request) {
   MVGPU_ASSIGN_OR_RETURN(const Mapping mapping, MappingFor(std::move(request), range));
   MVGPU_ASSIGN_OR_RETURN(const bool is_new, CheckNew(mapping));
   if (!is_new) return {};
-  for (size_t i = 0; i < domains_.size(); ++i) {
-    if (auto told = domains_[i]->on_map(mapping); !told) {
-      const Unmapping undo{range, {&mapping, 1}};
-      for (size_t k = 0; k < i; ++k) domains_[k]->on_unmap_done(undo, /*unmapped=*/true);
-      return told;
-    }
+  Result<void> outcome;
+  size_t told = 0;
+  for (; told < domains_.size() && outcome; ++told) outcome = domains_[told]->on_map(mapping);
+  if (!outcome) --told;  // the one that refused has nothing to take back
+  for (Domain* domain : std::span(domains_).first(told)) {
+    domain->on_map_done(mapping, outcome.has_value());
   }
-  AddToTable(mapping);
-  return {};
+  if (outcome) AddToTable(mapping);
+  return outcome;
 }
 
 Result<Mapping> Container::MappingFor(MapRequest request, IovaRange range) {
@@ -216,15 +216,15 @@ Result<void> Container::attach(Domain* domain) {
   MutexLock change(change_mutex_);
   MVGPU_CHECK(std::find(domains_.begin(), domains_.end(), domain) == domains_.end());
   const std::vector<Mapping> all = mappings();
-  for (size_t i = 0; i < all.size(); ++i) {
-    if (auto told = domain->on_map(all[i]); !told) {
-      const auto heard = std::span(all).first(i);
-      if (!heard.empty()) domain->on_unmap_done(AllOf(heard), /*unmapped=*/true);
-      return told;
-    }
+  Result<void> outcome;
+  size_t told = 0;
+  for (; told < all.size() && outcome; ++told) outcome = domain->on_map(all[told]);
+  if (!outcome) --told;
+  for (const Mapping& mapping : std::span(all).first(told)) {
+    domain->on_map_done(mapping, outcome.has_value());
   }
-  domains_.push_back(domain);
-  return {};
+  if (outcome) domains_.push_back(domain);
+  return outcome;
 }
 
 Result<void> Container::detach(Domain* domain) {

@@ -36,6 +36,8 @@ class Container {
   struct Limits {
     // Mappings that continue each other in IOVAs and in one file with the same rights count as one,
     // so a VMM that maps its RAM in small pieces does not come near. As type1's dma_entry_limit.
+    // Looked at when a mapping is added or split: an unmap that takes one out of the middle of
+    // several that count as one may leave one more.
     uint64_t max_mappings = 65535;
     uint64_t max_pieces = 16 * 65535;        // mappings, each for itself: bounds our own memory
     uint64_t max_mapped_bytes = UINT64_MAX;  // of mappings with a file

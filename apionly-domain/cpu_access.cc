@@ -183,8 +183,9 @@ Error ApiOnlyDomain::StopError(IovaRange range, PageDirectory::Stop stop, Access
                     stop.at.value(), range.start().value(), range.last().value()));
   }
   if ((stop.flags & PageDirectory::kGoing) != 0) {
-    return Error(ErrorCode::kBusy, fmt::format("{}: iova {:#x} is being unmapped by the vmm",
-                                               options_.name, stop.at.value()));
+    return Error(ErrorCode::kBusy,
+                 fmt::format("{}: iova {:#x} is being mapped or unmapped by the vmm", options_.name,
+                             stop.at.value()));
   }
   if (!Allows(static_cast<Access>(rights), access)) {
     return Error(

@@ -49,13 +49,17 @@ class Domain {
  public:
   virtual ~Domain() = default;
   virtual std::string_view name() const = 0;
+  // Takes the mapping in, as one that nobody may use yet. Errors are the domain's own; the mapping
+  // is not there then.
   virtual Result<void> on_map(const Mapping& mapping) = 0;
+  // After on_map() of every domain succeeded (`mapped`: it may be used from now on), or one failed:
+  // the mapping goes again, unused.
+  virtual void on_map_done(const Mapping& mapping, bool mapped) = 0;
   // Everything that is held in the mappings has been let go when this returns; kBusy, naming the
   // holders, when a holder does not let go in time.
   virtual Result<void> on_unmap(const Unmapping& unmapping) = 0;
   // After on_unmap() of every domain succeeded (`unmapped`), or one refused: the mappings are
-  // usable again. Also called, without on_unmap(), for mappings whose on_map() has to be taken
-  // back.
+  // usable again.
   virtual void on_unmap_done(const Unmapping& unmapping, bool unmapped) = 0;
 };
 

@@ -46,6 +46,10 @@ void ApiOnlyDomain::ReleaseMiss(PinContext* context, PageRun run, bool for_write
     context->CountsLocked(for_write).remove(run, form, &scratch_.unheld);
     context->figures_.pinned_pages -= run.count;
   }
+  // Pages that stay held for write are dirty by that; these are once more, after the release.
+  if (for_write && dirty_.is_on()) {
+    for (const PageRun& freed : scratch_.unheld) dirty_.mark(freed);
+  }
   for (const FilePages& pages : UnheldLocked()) {
     LetGoLocked(pages);
     counters_.unique_pages -= pages.pages.count;

@@ -25,6 +25,13 @@ uint64_t BlockSizeOf(int fd, const struct stat& status) {
   return kPageSize;
 }
 
+// How much is mapped: a page more than the file has, which nobody touches. So no other file begins
+// where this one ends, and what is contiguous in host memory is of one file. Not on hugetlbfs,
+// where mapping more than the file has makes the file larger.
+uint64_t MappedBytes(uint64_t size, uint64_t block_size) {
+  return block_size == kPageSize ? size + kPageSize : size;
+}
+
 // Shared, and writable if the descriptor is. One system call for the common case.
 Result<std::pair<std::byte*, bool>> MapShared(int fd, uint64_t size) {
   bool writable = true;
@@ -70,7 +77,7 @@ Result<std::unique_ptr<GuestFile>> GuestFile::Create(UniqueFd fd, const struct s
   const uint64_t block_size = BlockSizeOf(fd.get(), status);
   const uint64_t size =
       (static_cast<uint64_t>(status.st_size) + block_size - 1) & ~(block_size - 1);
-  MVGPU_ASSIGN_OR_RETURN(const auto mapped, MapShared(fd.get(), size));
+  MVGPU_ASSIGN_OR_RETURN(const auto mapped, MapShared(fd.get(), MappedBytes(size, block_size)));
   InstallSigbusHandler();
   const int seals = fcntl(fd.get(), F_GET_SEALS);  // fails for other files than memfds
   return std::unique_ptr<GuestFile>(new GuestFile(std::move(fd), IdentityOf(status), mapped.first,
@@ -88,7 +95,7 @@ GuestFile::GuestFile(UniqueFd fd, FileIdentity identity, std::byte* base, uint64
       writable_(writable),
       sealed_(sealed) {}
 
-GuestFile::~GuestFile() { munmap(base_, size_); }
+GuestFile::~GuestFile() { munmap(base_, MappedBytes(size_, block_size_)); }
 
 Result<void> GuestFile::CheckBounds(uint64_t offset, uint64_t length) const {
   const auto end = CheckedAdd(offset, length);

@@ -25,6 +25,9 @@ namespace mvgpu::domain {
 // Not thread-safe.
 class PageCounters {
  public:
+  static constexpr unsigned kChunkShift = 18;  // 1 GiB
+  static constexpr uint64_t kChunkPages = uint64_t{1} << kChunkShift;
+
   PageCounters() = default;
   ~PageCounters();
   PageCounters(const PageCounters&) = delete;
@@ -79,8 +82,6 @@ class PageCounters {
   void trim(PageRun run);
 
  private:
-  static constexpr unsigned kChunkShift = 18;  // 1 GiB
-  static constexpr uint64_t kChunkPages = uint64_t{1} << kChunkShift;
   static constexpr uint64_t kChunkMask = kChunkPages - 1;
   static constexpr uint64_t kNearChunks = uint64_t{1} << 14;
   static constexpr uint64_t kPagesPerWord = 32;

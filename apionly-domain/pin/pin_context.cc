@@ -79,18 +79,14 @@ void PinContext::release(std::span<const PinnedRun> runs, bool for_write, PinCou
 }
 
 void PinContext::ReleaseRun(PageRun run, bool for_write, PinCounts::Form form) {
-  bool mark_dirty = false;
-  bool hit = false;
   {
     SpinLockHold hold(lock_);
-    // Behind the lock's exchange: when the log is off here, whoever starts it sees what the device
-    // wrote, since start_dirty_log() takes this lock afterwards.
-    mark_dirty = for_write && domain_.dirty_.is_on();
-    hit = CountsLocked(for_write).try_remove(run, form);
-    if (hit) figures_.pinned_pages -= run.count;
+    if (CountsLocked(for_write).try_remove(run, form)) {
+      figures_.pinned_pages -= run.count;
+      return;
+    }
   }
-  if (mark_dirty) domain_.dirty_.mark(run);
-  if (!hit) domain_.ReleaseMiss(this, run, for_write, form);
+  domain_.ReleaseMiss(this, run, for_write, form);
 }
 
 Result<void> PinContext::pin_pages(std::span<const Iova> pages, Access access,
@@ -150,7 +146,6 @@ bool PinContext::TryPinPage(Iova page, Access access, std::byte** host) {
 
 bool PinContext::TryUnpinPage(Iova page, Access access) {
   SpinLockHold hold(lock_);
-  if (IsForWrite(access) && domain_.dirty_.is_on()) return false;
   uint64_t* word = CountsLocked(IsForWrite(access)).dense().find(page.page());
   if (word == nullptr || !PageCounters::TryRemoveOne(word, page.page())) return false;
   --figures_.pinned_pages;
@@ -214,10 +209,8 @@ Result<void> PinContext::unpin_pages(std::span<const Iova> pages, Access access)
 }
 
 Result<void> PinContext::UnpinHits(std::span<const Iova> pages, Access access, uint64_t* misses) {
-  bool mark_dirty = false;
   {
     SpinLockHold hold(lock_);
-    mark_dirty = IsForWrite(access) && domain_.dirty_.is_on();
     PageCounters& counters = CountsLocked(IsForWrite(access)).dense();
     std::array<uint64_t*, kBatch> words;
     for (size_t i = 0; i < pages.size(); ++i) {
@@ -243,9 +236,6 @@ Result<void> PinContext::UnpinHits(std::span<const Iova> pages, Access access, u
     }
     figures_.pinned_pages -= pages.size() - CountBits(missed);
     *misses = missed;
-  }
-  for (size_t i = 0; mark_dirty && i < pages.size(); ++i) {
-    domain_.dirty_.mark({pages[i].page(), 1});
   }
   return {};
 }

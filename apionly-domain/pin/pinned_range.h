@@ -67,7 +67,7 @@ class PinnedRange {
     if (!runs_.empty()) reset();
   }
 
-  // In ascending IOVA order, page-aligned; neighbours differ in backing.
+  // In ascending IOVA order, page-aligned; neighbours do not continue each other in host memory.
   std::span<const PinnedRun> runs() const { return runs_.span(); }
   bool empty() const { return runs_.empty(); }
 

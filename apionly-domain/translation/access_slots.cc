@@ -28,11 +28,15 @@ void Pause(unsigned round) {
 AccessSlots::Slot* AccessSlots::Claim() {
   const size_t favourite = ThreadNumber();
   for (unsigned round = 0;; ++round) {
-    Slot& slot = slots_[(favourite + round) % kSlots];
+    const size_t index = (favourite + round) % kSlots;
+    Slot& slot = slots_[index];
     uint32_t state = kFree;
     // seq_cst: the lookups that follow see every range that was marked as going before somebody
     // found this slot free (the other half is in wait_until_unused()).
     if (slot.state.compare_exchange_strong(state, kTranslating, std::memory_order_seq_cst)) {
+      size_t used = used_.load(std::memory_order_relaxed);
+      while (used <= index && !used_.compare_exchange_weak(used, index + 1)) {
+      }
       return &slot;
     }
     if (round >= kSlots) Pause(round);
@@ -62,7 +66,7 @@ bool AccessSlots::Uses(const Slot& slot, IovaRange range) {
 }
 
 bool AccessSlots::wait_until_unused(IovaRange range, Deadline deadline) const {
-  for (const Slot& slot : slots_) {
+  for (const Slot& slot : UsedSlots()) {
     for (unsigned round = 0; Uses(slot, range); ++round) {
       if (round >= 64 && std::chrono::steady_clock::now() >= deadline) return false;
       Pause(round);
@@ -72,7 +76,7 @@ bool AccessSlots::wait_until_unused(IovaRange range, Deadline deadline) const {
 }
 
 void AccessSlots::wait_for_lookups() const {
-  for (const Slot& slot : slots_) {
+  for (const Slot& slot : UsedSlots()) {
     for (unsigned round = 0; slot.state.load(std::memory_order_seq_cst) == kTranslating; ++round) {
       Pause(round);
     }

@@ -4,7 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
-#include <optional>
+#include <span>
 
 #include "apionly-domain/base/address.h"
 
@@ -65,9 +65,13 @@ class AccessSlots {
   static constexpr size_t kSlots = 64;
 
   Slot* Claim();
+  std::span<const Slot> UsedSlots() const {
+    return std::span(slots_).first(used_.load(std::memory_order_seq_cst));
+  }
   static bool Uses(const Slot& slot, IovaRange range);
 
   std::array<Slot, kSlots> slots_;
+  std::atomic<size_t> used_{0};  // slots from here on were never taken
 };
 
 }  // namespace mvgpu::domain

@@ -36,7 +36,7 @@ class PageDirectory {
   // The low bits of a word. kRead and kWrite have the values of Access.
   static constexpr uint64_t kRead = 1;
   static constexpr uint64_t kWrite = 2;
-  static constexpr uint64_t kGoing = 4;  // about to be unmapped: no new use
+  static constexpr uint64_t kGoing = 4;  // about to be unmapped, or not wholly mapped yet: no use
 
   struct Found {
     uint64_t flags = 0;         // 0: nothing is mapped here

@@ -14,6 +14,7 @@
 namespace mvgpu::domain {
 namespace {
 
+using testing::FailsWith;
 using testing::GuestRam;
 using testing::IsOk;
 using testing::KernelLockedPages;
@@ -93,6 +94,28 @@ TEST_F(ApiOnlyDomainLedgerTest, APageThatTwoDomainsHoldIsChargedOnceAndTheCharge
   second_pins.reset();
   ASSERT_THAT(container_.detach(first.get()), IsOk());
   ASSERT_THAT(container_.detach(second.get()), IsOk());
+}
+
+TEST_F(ApiOnlyDomainLedgerTest, AChargeThatIsRefusedIsNoPin) {
+  const uint64_t before = KernelLockedPages();
+  auto ledger = Open();
+  auto domain = MakeDomain(*ledger, "vgpu");
+  auto crowd = Join(*ledger);
+  for (uint64_t i = 0; i < 256; ++i) ASSERT_THAT(crowd->hold({1, i}, 1, {0, 1}), IsOk());
+  ASSERT_THAT(container_.map(ram_.map_request(0, 0, ram_.size())), IsOk());
+  {
+    const auto pins = domain->open_context(&owner_);
+    EXPECT_THAT(pins->pin(MakeRange(0, kPageSize), Access::kRead), FailsWith(ErrorCode::kLimit));
+    EXPECT_EQ(KernelLockedPages(), before);
+    EXPECT_EQ(domain->counters().unique_pages, 0u);
+    EXPECT_EQ(domain->counters().locked_pages, 0u);
+    crowd->release({1, 5}, {0, 1});
+    EXPECT_THAT(pins->pin(MakeRange(0, kPageSize), Access::kRead), IsOk());
+  }
+  for (uint64_t i = 0; i < 256; ++i) {
+    if (i != 5) crowd->release({1, i}, {0, 1});
+  }
+  ASSERT_THAT(container_.detach(domain.get()), IsOk());
 }
 
 }  // namespace

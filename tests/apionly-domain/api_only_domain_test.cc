@@ -3,10 +3,12 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <optional>
+#include <array>
+#include <memory>
 #include <thread>
+#include <vector>
 
-#include "tests/fakes/fake_pin_backend.h"
+#include "tests/apionly-domain/domain_fixture.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/fakes/result_matchers.h"
 
@@ -14,71 +16,11 @@ namespace mvgpu::domain {
 namespace {
 
 using testing::FailsWith;
-using testing::FakePinBackend;
 using testing::GuestRam;
 using testing::IsOk;
 using testing::MakeRange;
 
-// Holds pins and lets them go when told to (or not).
-class HoldingOwner final : public PinOwner {
- public:
-  std::string_view pin_owner_name() const override { return "holder"; }
-  void on_revoke(IovaRange range) override {
-    revoked.push_back(range);
-    if (during_revoke) during_revoke();
-    if (lets_go) held.reset();
-  }
-  std::optional<PinnedRange> held;
-  std::vector<IovaRange> revoked;
-  std::function<void()> during_revoke;
-  bool lets_go = true;
-};
-
-class ApiOnlyDomainTest : public ::testing::Test {
- protected:
-  void SetUp() override { Start({}); }
-  void TearDown() override {
-    owner_.held.reset();
-    other_.held.reset();
-    Stop();
-    EXPECT_TRUE(pins_->pages.empty());
-  }
-
-  void Start(ApiOnlyDomain::Options options) {
-    Stop();
-    auto domain = ApiOnlyDomain::Create(std::move(options), std::make_unique<FakePinBackend>(pins_),
-                                        /*ledger=*/nullptr, /*observer=*/nullptr);
-    ASSERT_THAT(domain, IsOk());
-    domain_ = std::move(*domain);
-    ASSERT_THAT(container_.attach(domain_.get()), IsOk());
-    context_ = domain_->open_context(&owner_);
-    other_context_ = domain_->open_context(&other_);
-  }
-  void Stop() {
-    if (domain_ == nullptr) return;
-    context_.reset();
-    other_context_.reset();
-    ASSERT_THAT(container_.detach(domain_.get()), IsOk());
-    domain_.reset();
-  }
-  void Map(uint64_t iova, uint64_t offset, uint64_t size, Access access = Access::kReadWrite) {
-    ASSERT_THAT(container_.map(ram_.map_request(iova, offset, size, access)), IsOk());
-  }
-  Result<PinnedRange> Pin(uint64_t iova, uint64_t size, Access access = Access::kReadWrite) {
-    return context_->pin(MakeRange(iova, size), access);
-  }
-
-  uint64_t FilePageOf(const PinnedRun& run) const { return domain_->backing_of(run).pages.first; }
-
-  GuestRam ram_{256 * kPageSize};
-  std::shared_ptr<FakePinBackend::State> pins_ = std::make_shared<FakePinBackend::State>();
-  Container container_;
-  std::unique_ptr<ApiOnlyDomain> domain_;
-  std::unique_ptr<PinContext> context_;        // of owner_
-  std::unique_ptr<PinContext> other_context_;  // of other_
-  HoldingOwner owner_;
-  HoldingOwner other_;
-};
+using ApiOnlyDomainTest = DomainTest;
 
 TEST_F(ApiOnlyDomainTest, MappingPinsNothing) {
   Map(0, 0, 64 * kPageSize);
@@ -127,6 +69,21 @@ TEST_F(ApiOnlyDomainTest, APageAtTwoIovasIsPinnedOnce) {
   EXPECT_EQ(domain_->counters().unique_pages, 2u);
   b->reset();
   EXPECT_EQ(domain_->counters().unique_pages, 0u);
+}
+
+// The kernel likes to place a file right below the one that was mapped before.
+TEST_F(ApiOnlyDomainTest, ARunIsOfOneFileAlsoWhereTheHostAddressesOfTwoContinue) {
+  std::vector<std::unique_ptr<GuestRam>> files;
+  for (int i = 0; i < 8; ++i) files.push_back(std::make_unique<GuestRam>(BytesIn(4)));
+  for (uint64_t i = 0; i < 8; ++i) {
+    const uint64_t iova = BytesIn(4 * (7 - i));
+    ASSERT_THAT(container_.map(files[i]->map_request(iova, 0, BytesIn(4))), IsOk());
+  }
+  auto pin = Pin(0, BytesIn(32));
+  ASSERT_THAT(pin, IsOk());
+  for (const PinnedRun& run : pin->runs()) {
+    EXPECT_EQ(domain_->backing_of(run).pages.count, run.iova_pages().count);
+  }
 }
 
 TEST_F(ApiOnlyDomainTest, PartsCanBeReleasedInAnyOrder) {

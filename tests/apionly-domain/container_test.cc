@@ -26,6 +26,9 @@ class ListeningDomain final : public Domain {
     mapped.push_back(mapping.iova);
     return {};
   }
+  void on_map_done(const Mapping& mapping, bool is_mapped) override {
+    if (!is_mapped) std::erase(mapped, mapping.iova);
+  }
   Result<void> on_unmap(const Unmapping& unmapping) override {
     asked.push_back(unmapping.range);
     if (refuse_unmap) return Fail(ErrorCode::kBusy, "listener holds it");

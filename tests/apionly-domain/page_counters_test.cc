@@ -1,0 +1,185 @@
+#include "apionly-domain/pin/page_counters.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <vector>
+
+namespace mvgpu::domain {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::IsEmpty;
+
+constexpr uint64_t kLastPage = UINT64_MAX >> kPageShift;  // of the address space
+constexpr uint64_t kFarPage = uint64_t{1} << 40;          // beyond 16 TiB
+
+class PageCountersTest : public ::testing::Test {
+ protected:
+  std::vector<PageRun> Remove(PageRun run) {
+    std::vector<PageRun> freed;
+    counters_.remove(run, &freed);
+    return freed;
+  }
+  std::vector<PageRun> Held(PageRun run) const {
+    std::vector<PageRun> held;
+    counters_.for_each_held(run, [&held](PageRun part) { held.push_back(part); });
+    return held;
+  }
+
+  PageCounters counters_;
+};
+
+TEST_F(PageCountersTest, CountsPagesAndSaysWhichAreHeldNoLonger) {
+  counters_.add({10, 10});
+  counters_.add({15, 10});
+  EXPECT_EQ(counters_.count(9), 0u);
+  EXPECT_EQ(counters_.count(14), 1u);
+  EXPECT_EQ(counters_.count(15), 2u);
+  EXPECT_EQ(counters_.held_pages(), 15u);
+  EXPECT_THAT(Remove({10, 10}), ElementsAre(PageRun{10, 5}));
+  EXPECT_THAT(Remove({15, 10}), ElementsAre(PageRun{15, 10}));
+  EXPECT_EQ(counters_.held_pages(), 0u);
+}
+
+TEST_F(PageCountersTest, TryAddOnlyCountsPagesThatAreAllHeldAlready) {
+  counters_.add({0, 8});
+  EXPECT_TRUE(counters_.try_add({2, 4}));
+  EXPECT_FALSE(counters_.try_add({6, 4}));
+  EXPECT_EQ(counters_.count(7), 1u) << "a refusal changes nothing";
+  EXPECT_EQ(counters_.count(2), 2u);
+}
+
+TEST_F(PageCountersTest, TryRemoveLeavesEveryPageHeld) {
+  counters_.add({0, 8});
+  counters_.add({2, 4});
+  EXPECT_TRUE(counters_.try_remove({2, 4}));
+  EXPECT_FALSE(counters_.try_remove({2, 4}));
+  EXPECT_FALSE(counters_.try_remove({100, 1}));
+  EXPECT_EQ(counters_.count(2), 1u);
+}
+
+// Every count around the end of a byte, up and down again.
+TEST_F(PageCountersTest, CountsAboveAByteNeverOverflow) {
+  constexpr uint64_t kMany = 70000;
+  for (uint64_t i = 1; i <= kMany; ++i) {
+    if (!counters_.try_add({5, 1})) counters_.add({5, 1});
+    if (i < 260 || i == kMany) {
+      ASSERT_EQ(counters_.count(5), i);
+    }
+  }
+  EXPECT_EQ(counters_.held_pages(), 1u);
+  EXPECT_TRUE(counters_.holds(5));
+  EXPECT_EQ(counters_.count(4), 0u);
+  EXPECT_EQ(counters_.count(6), 0u);
+  for (uint64_t i = kMany; i-- > 0;) {
+    if (!counters_.try_remove({5, 1})) {
+      const auto freed = Remove({5, 1});
+      ASSERT_EQ(freed.empty(), i != 0) << i;
+    }
+    if (i < 260) {
+      ASSERT_EQ(counters_.count(5), i);
+    }
+  }
+  EXPECT_FALSE(counters_.holds(5));
+}
+
+TEST_F(PageCountersTest, OneFullByteSendsTheWholeRunTheSlowWay) {
+  counters_.add({0, 16});
+  for (int i = 0; i < 300; ++i) counters_.add({7, 1});
+  EXPECT_FALSE(counters_.try_add({0, 16}));
+  EXPECT_FALSE(counters_.try_remove({0, 16}));
+  counters_.add({0, 16});
+  EXPECT_EQ(counters_.count(7), 302u);
+  EXPECT_EQ(counters_.count(8), 2u);
+  EXPECT_THAT(Remove({0, 16}), IsEmpty());
+}
+
+// 32 pages share a word: every start and length around that, with neighbours that must not change.
+TEST_F(PageCountersTest, NeighboursInAWordAreNotTouched) {
+  counters_.add({0, 160});
+  for (uint64_t first = 30; first < 66; ++first) {
+    for (uint64_t count = 1; count < 70; ++count) {
+      ASSERT_TRUE(counters_.try_add({first, count}));
+      for (uint64_t page = 28; page < 140; ++page) {
+        ASSERT_EQ(counters_.count(page), page >= first && page < first + count ? 2u : 1u) << page;
+      }
+      ASSERT_FALSE(counters_.try_remove({first - 1, count + 1}));
+      ASSERT_FALSE(counters_.try_remove({first, count + 1}));
+      ASSERT_TRUE(counters_.try_remove({first, count}));
+    }
+  }
+  EXPECT_THAT(Remove({0, 160}), ElementsAre(PageRun{0, 160}));
+}
+
+TEST_F(PageCountersTest, SaysWhichRunsAreHeldOnceAndTwice) {
+  counters_.add({10, 90});
+  counters_.add({20, 70});
+  counters_.add({30, 5});
+  EXPECT_TRUE(counters_.all_held({10, 90}));
+  EXPECT_FALSE(counters_.all_held({9, 90}));
+  EXPECT_FALSE(counters_.all_held({11, 90}));
+  EXPECT_TRUE(counters_.all_held_twice({20, 70}));
+  EXPECT_FALSE(counters_.all_held_twice({19, 70}));
+  EXPECT_FALSE(counters_.all_held_twice({21, 70}));
+  EXPECT_FALSE(counters_.all_held({kFarPage, 1}));
+  Remove({30, 5});
+  Remove({20, 70});
+  Remove({10, 90});
+}
+
+TEST_F(PageCountersTest, RunsMayCrossArraysAndLieAnywhere) {
+  const uint64_t edge = PageCounters::kChunkPages;
+  for (const uint64_t first : {edge - 3, kFarPage + edge - 3, kLastPage - 5}) {
+    SCOPED_TRACE(first);
+    const PageRun run{first, 6};
+    counters_.add(run);
+    EXPECT_TRUE(counters_.try_add(run));
+    EXPECT_TRUE(counters_.any({first + 5, 1}));
+    EXPECT_FALSE(counters_.any({first - 10, 10}));
+    EXPECT_THAT(Held(run), ElementsAre(run));
+    EXPECT_TRUE(counters_.try_remove(run));
+    EXPECT_THAT(Remove(run), ElementsAre(run));
+    EXPECT_THAT(Held(run), IsEmpty());
+  }
+}
+
+TEST_F(PageCountersTest, HeldStretchesComeInOrderAlsoFromFarAway) {
+  counters_.add({kFarPage, 2});
+  counters_.add({3, 2});
+  counters_.add({kLastPage, 1});
+  counters_.add({7, 1});
+  const PageRun everything{0, kLastPage + 1};
+  EXPECT_THAT(Held(everything), ElementsAre(PageRun{3, 2}, PageRun{7, 1}, PageRun{kFarPage, 2},
+                                            PageRun{kLastPage, 1}));
+  EXPECT_THAT(Held({4, kFarPage - 3}),
+              ElementsAre(PageRun{4, 1}, PageRun{7, 1}, PageRun{kFarPage, 1}));
+}
+
+TEST_F(PageCountersTest, TrimGivesBackIdleArraysOnly) {
+  const uint64_t chunk = PageCounters::kChunkPages;
+  counters_.add({0, 1});
+  counters_.add({chunk, 1});
+  counters_.add({kFarPage, 1});
+  Remove({0, 1});
+  Remove({kFarPage, 1});
+  counters_.trim({0, kLastPage + 1});
+  EXPECT_EQ(counters_.find(0), nullptr);
+  EXPECT_EQ(counters_.find(kFarPage), nullptr);
+  EXPECT_EQ(counters_.count(chunk), 1u);
+  Remove({chunk, 1});
+  counters_.trim({chunk + 1, chunk});  // not the whole array
+  EXPECT_NE(counters_.find(chunk), nullptr);
+  counters_.add({0, 1});
+  EXPECT_EQ(counters_.count(0), 1u) << "an array that was given back can come again";
+}
+
+TEST_F(PageCountersTest, ReleasingWhatIsNotHeldIsABug) {
+  counters_.add({0, 4});
+  std::vector<PageRun> freed;
+  EXPECT_DEATH(counters_.remove({2, 4}, &freed), "check failed");
+  EXPECT_DEATH(counters_.remove({kFarPage, 1}, &freed), "check failed");
+}
+
+}  // namespace
+}  // namespace mvgpu::domain
