@@ -93,6 +93,9 @@ class RefusingDomain final : public Domain {
     pages += mapping.pages();
     return {};
   }
+  void on_map_done(const Mapping& mapping, bool mapped) override {
+    if (!mapped) pages -= mapping.pages();
+  }
   Result<void> on_unmap(const Unmapping&) override {
     if (std::exchange(refuse_unmap, false)) return Fail(ErrorCode::kSystem, "unmap is refused");
     return {};
