@@ -97,39 +97,4 @@ GuestFile::GuestFile(UniqueFd fd, FileIdentity identity, std::byte* base, uint64
 
 GuestFile::~GuestFile() { munmap(base_, MappedBytes(size_, block_size_)); }
 
-Result<void> GuestFile::CheckBounds(uint64_t offset, uint64_t length) const {
-  const auto end = CheckedAdd(offset, length);
-  if (end && *end <= size_) return {};
-  return Fail(ErrorCode::kInvalid,
-              fmt::format("access to {} bytes at offset {:#x} of a file of {} bytes", length,
-                          offset, size_));
-}
-
-Error GuestFile::TruncatedError(uint64_t offset) const {
-  struct stat status = {};
-  fstat(fd_.get(), &status);
-  return Error(
-      ErrorCode::kTruncated,
-      fmt::format("guest memory was truncated to {} bytes while offset {:#x} is in use; seal it "
-                  "against shrinking",
-                  status.st_size, offset));
-}
-
-Result<void> GuestFile::read(uint64_t offset, std::span<std::byte> destination) const {
-  MVGPU_RETURN_IF_ERROR(CheckBounds(offset, destination.size()));
-  if (!CopyGuarded(destination.data(), base_ + offset, destination.size())) {
-    return tl::unexpected<Error>(TruncatedError(offset));
-  }
-  return {};
-}
-
-Result<void> GuestFile::write(uint64_t offset, std::span<const std::byte> source) {
-  MVGPU_RETURN_IF_ERROR(CheckBounds(offset, source.size()));
-  if (!writable_) return Fail(ErrorCode::kPermission, "write to guest memory that is read-only");
-  if (!CopyGuarded(base_ + offset, source.data(), source.size())) {
-    return tl::unexpected<Error>(TruncatedError(offset));
-  }
-  return {};
-}
-
 }  // namespace mvgpu::domain

@@ -26,12 +26,11 @@ struct FileIdentity {
   }
 };
 
-// One file of guest RAM, mapped once as a whole. The only class that touches guest memory.
+// One file of guest RAM, mapped once as a whole.
 //
 // The VMM owns the file and may be hostile: unless it was sealed (F_SEAL_SHRINK) it can be
-// truncated at any time, and touching a page that has gone raises SIGBUS. All copies here are
-// fault-guarded: they return kTruncated instead, and only the guest concerned is affected. No
-// pointer into guest memory is ever dereferenced outside this class; host_address() exists for
+// truncated at any time, and touching a page that has gone raises SIGBUS. So nobody dereferences a
+// pointer into it but CopyGuarded(), which answers instead; host_address() exists for that, and for
 // mappers and pin back ends, which hand it on to the kernel or to a GPU driver.
 //
 // Thread-safe: immutable after creation.
@@ -62,12 +61,6 @@ class GuestFile {
   bool is_sealed_against_shrinking() const { return sealed_; }
   int fd() const { return fd_.get(); }
 
-  // Copies out of and into guest memory. `offset` is in bytes of the file. Aligned words of 2, 4
-  // and 8 bytes are copied in one access. Errors: kInvalid (beyond the mapped size), kTruncated,
-  // kPermission (write to a read-only file).
-  Result<void> read(uint64_t offset, std::span<std::byte> destination) const;
-  Result<void> write(uint64_t offset, std::span<const std::byte> source);
-
   // The address of a byte of the file in this process, for mlock, io_uring, Vulkan imports; not to
   // be dereferenced. REQUIRES: offset < size().
   std::byte* host_address(uint64_t offset) const { return base_ + offset; }
@@ -75,8 +68,6 @@ class GuestFile {
  private:
   GuestFile(UniqueFd fd, FileIdentity identity, std::byte* base, uint64_t size, uint64_t block_size,
             bool writable, bool sealed);
-  Result<void> CheckBounds(uint64_t offset, uint64_t length) const;
-  Error TruncatedError(uint64_t offset) const;
 
   const UniqueFd fd_;
   const FileIdentity identity_;

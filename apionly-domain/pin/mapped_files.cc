@@ -8,6 +8,7 @@
 namespace mvgpu::domain {
 
 void MappedFiles::add(const Mapping& mapping) {
+  last_ = nullptr;  // what is in a B-tree moves
   File& file = files_[mapping.file->host_address(0)];
   file.file = mapping.file.get();
   const PageRun iova = PagesOf(mapping.iova);
@@ -17,6 +18,7 @@ void MappedFiles::add(const Mapping& mapping) {
 }
 
 void MappedFiles::remove(const Mapping& mapping) {
+  last_ = nullptr;
   const auto file = files_.find(mapping.file->host_address(0));
   MVGPU_CHECK(file != files_.end());
   const PageRun gone = PagesOf(mapping.iova);
@@ -38,17 +40,24 @@ void MappedFiles::remove(const Mapping& mapping) {
 }
 
 FilePages MappedFiles::at(const std::byte* host, uint64_t pages) const {
-  const auto next = files_.upper_bound(host);
-  MVGPU_CHECK(next != files_.begin());
-  const auto& [base, file] = *std::prev(next);
-  const uint64_t first = PagesIn(static_cast<uint64_t>(host - base));
-  MVGPU_CHECK(first < file.file->pages());
-  return {file.file, {first, std::min(pages, file.file->pages() - first)}};
+  const GuestFile* file = FileAt(host).file;
+  const uint64_t first = PagesIn(static_cast<uint64_t>(host - file->host_address(0)));
+  return {file, {first, std::min(pages, file->pages() - first)}};
+}
+
+const MappedFiles::File& MappedFiles::FileAt(const std::byte* host) const {
+  if (last_ == nullptr || !last_->contains(host)) {
+    const auto next = files_.upper_bound(host);
+    MVGPU_CHECK(next != files_.begin());
+    last_ = &std::prev(next)->second;
+    MVGPU_CHECK(last_->contains(host));
+  }
+  return *last_;
 }
 
 std::vector<MappedFiles::View> MappedFiles::aliases(const FilePages& pages) const {
   std::vector<View> found;
-  const File& file = files_.at(pages.file->host_address(0));
+  const File& file = FileAt(pages.file->host_address(0));
   if (file.mapped.total() == file.mapped.unique_pages()) return found;
   for (const auto& [first, view] : file.views) {
     const uint64_t start = std::max(view.file_page, pages.pages.first);

@@ -45,8 +45,15 @@ class MappedFiles {
     const GuestFile* file = nullptr;
     absl::btree_map<uint64_t, View> views;  // by first IOVA page
     RunCounter mapped;                      // how often each page is mapped
+    bool contains(const std::byte* host) const {
+      return static_cast<uint64_t>(host - file->host_address(0)) < file->size();
+    }
   };
+  const File& FileAt(const std::byte* host) const;
+
   absl::btree_map<const std::byte*, File> files_;  // by host address
+  // The file that was asked for last: the next question is nearly always about the same.
+  mutable const File* last_ = nullptr;
 };
 
 }  // namespace mvgpu::domain

@@ -49,18 +49,35 @@ uint64_t PageCounters::ForEachWord(PageRun run, Visit visit) {
 }
 
 bool PageCounters::TryFlip(PageRun run, uint64_t expected) {
-  const uint64_t stopped = ForEachWord(run, [expected](uint64_t& word, uint64_t mask) {
-    if ((word & mask) != (expected & mask)) return false;
-    word ^= mask;
-    return true;
-  });
-  if (stopped == run.end()) [[likely]] {
+  const uint64_t last = run.end() - 1;
+  if (run.first >> kChunkShift != last >> kChunkShift) return TryFlipOverChunks(run, expected);
+  uint64_t* words = find(run.first);
+  if (words == nullptr) return false;
+  const uint64_t last_word = last / kPagesPerWord - run.first / kPagesPerWord;
+  uint64_t head = ~uint64_t{0} << ShiftOf(run.first);
+  const uint64_t tail = ~uint64_t{0} >> (62 - ShiftOf(last));
+  if (last_word == 0) {
+    head &= tail;
+    if (((words[0] ^ expected) & head) != 0) return false;
+    words[0] ^= head;
     return true;
   }
-  ForEachWord({run.first, stopped - run.first}, [](uint64_t& word, uint64_t mask) {
-    word ^= mask;
-    return true;
-  });
+  if ((((words[0] ^ expected) & head) | ((words[last_word] ^ expected) & tail)) != 0) return false;
+  for (uint64_t i = 1; i < last_word; ++i) {
+    if (words[i] != expected) return false;
+  }
+  words[0] ^= head;
+  std::fill(words + 1, words + last_word, ~expected);
+  words[last_word] ^= tail;
+  return true;
+}
+
+bool PageCounters::TryFlipOverChunks(PageRun run, uint64_t expected) {
+  const uint64_t cut = (run.first | kChunkMask) + 1;
+  const PageRun head{run.first, cut - run.first};
+  if (!TryFlip(head, expected)) return false;
+  if (TryFlip({cut, run.end() - cut}, expected)) return true;
+  TryFlip(head, ~expected);  // back: what was 1 is 2, and what was 2 is 1
   return false;
 }
 

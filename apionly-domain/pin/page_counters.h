@@ -63,6 +63,12 @@ class PageCounters {
     return words == nullptr ? nullptr : words + ((page & kChunkMask) / kPagesPerWord);
   }
   const uint64_t* find(uint64_t page) const { return const_cast<PageCounters*>(this)->find(page); }
+  // The same for pages below 16 TiB; null for others. Calls nothing.
+  uint64_t* find_near(uint64_t page) {
+    const uint64_t index = page >> kChunkShift;
+    if (index >= near_.size() || near_[index].words == nullptr) return nullptr;
+    return near_[index].words + ((page & kChunkMask) / kPagesPerWord);
+  }
   // From 1 to 2, and from 2 to 1; false, and nothing is changed, when the count is another.
   static bool TryAddOne(uint64_t* word, uint64_t page) {
     const unsigned shift = ShiftOf(page);
@@ -109,6 +115,7 @@ class PageCounters {
   void ForEachHeldInChunk(PageRun run, PageRun* stretch, Visit& visit) const;
   // Turns 1 into 2 and 2 into 1 for every page, if all are as `expected` says.
   bool TryFlip(PageRun run, uint64_t expected);
+  bool TryFlipOverChunks(PageRun run, uint64_t expected);
   // Calls visit(uint64_t& word, mask of the run's pages) for each word of the run, until it says
   // false; returns the page where, or run.end(). Stops where there is no word.
   template <typename Visit>

@@ -61,12 +61,19 @@ Result<PinnedRange> PinContext::pin(IovaRange range, Access access) {
 }
 
 bool PinContext::TryPin(IovaRange pages, Access access, PinCounts::Form form, PinnedRuns* runs) {
+  const auto wanted = static_cast<uint64_t>(access);
   SpinLockHold hold(lock_);
-  const auto stop =
-      domain_.directory_.walk(pages, static_cast<uint64_t>(access), [runs](auto extent) {
-        runs->push_back({extent.iova, extent.host});
-      });
-  if (stop || !CountsLocked(IsForWrite(access)).try_add(PagesOf(pages), form)) {
+  bool usable = true;
+  const PageDirectory::Found found = domain_.directory_.find(pages.start());
+  if (PageDirectory::IsUsable(found.flags, wanted) && pages.last() - pages.start() < found.left)
+      [[likely]] {
+    runs->push_back({pages, found.host});
+  } else {
+    usable = !domain_.directory_.walk(pages, wanted, [runs](auto extent) {
+      runs->push_back({extent.iova, extent.host});
+    });
+  }
+  if (!usable || !CountsLocked(IsForWrite(access)).try_add(PagesOf(pages), form)) {
     runs->clear();  // they are not pinned
     return false;
   }
@@ -166,10 +173,10 @@ Result<void> PinContext::PinHits(std::span<const Iova> pages, Access access,
     // Writes to nothing but arrays of its own: so the compiler keeps the rest in registers.
     bool usable = true;
     for (size_t i = 0; i < pages.size(); ++i) {
-      const PageDirectory::Found found = domain_.directory_.find(pages[i]);
+      const PageDirectory::Found found = domain_.directory_.find_near(pages[i]);
       usable &= PageDirectory::IsUsable(found.flags, wanted);
       hosts[i] = found.host;
-      words[i] = counters.find(pages[i].page());
+      words[i] = counters.find_near(pages[i].page());
       __builtin_prefetch(words[i], /*rw=*/1);
     }
     if (usable) [[likely]] {
@@ -190,7 +197,7 @@ Result<void> PinContext::PinHits(std::span<const Iova> pages, Access access,
     const auto whole = IovaRange::FromFirstAndLast(page, page).page_expanded();
     MVGPU_RETURN_IF_ERROR(domain_.check(whole, access));
   }
-  *misses = MaskOf(pages.size());  // mapped meanwhile
+  *misses = MaskOf(pages.size());  // mapped meanwhile, or far away
   return {};
 }
 
@@ -214,7 +221,7 @@ Result<void> PinContext::UnpinHits(std::span<const Iova> pages, Access access, u
     PageCounters& counters = CountsLocked(IsForWrite(access)).dense();
     std::array<uint64_t*, kBatch> words;
     for (size_t i = 0; i < pages.size(); ++i) {
-      words[i] = counters.find(pages[i].page());
+      words[i] = counters.find_near(pages[i].page());
       __builtin_prefetch(words[i], /*rw=*/1);
     }
     uint64_t missed = 0;

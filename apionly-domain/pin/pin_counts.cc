@@ -43,6 +43,10 @@ bool PinCounts::TryRemoveSlowly(PageRun run, Form form) {
 }
 
 void PinCounts::append_unheld(PageRun run, std::vector<PageRun>* unheld) const {
+  if (run.count == 1) {  // the usual case, and what a miss spends its time on
+    if (!holds(run.first)) unheld->push_back(run);
+    return;
+  }
   runs_.for_each_uncovered(run, [&](PageRun gap) {
     uint64_t page = gap.first;
     dense_.for_each_held(gap, [&](PageRun held) {

@@ -45,7 +45,9 @@ class PinCounts {
   // Appends the pages that are held no longer. REQUIRES: the run was added in this form.
   void remove(PageRun run, Form form, std::vector<PageRun>* freed);
 
-  bool holds(uint64_t page) const { return dense_.holds(page) || runs_.count(page) != 0; }
+  bool holds(uint64_t page) const {
+    return dense_.holds(page) || (!runs_.empty() && runs_.count(page) != 0);
+  }
   // The parts of `run` that are not held, appended in order.
   void append_unheld(PageRun run, std::vector<PageRun>* unheld) const;
   // The stretches of held pages in the run, appended; pages may stand there twice.

@@ -65,16 +65,13 @@ class PageDirectory {
     return GenerationOf(iova).load(std::memory_order_acquire);
   }
 
-  Found find(Iova iova) const {
-    uint64_t word = ChunkWord(iova.value() >> kChunkShift);
-    unsigned shift = kChunkShift;
-    while ((word & kTable) != 0) {
-      shift -= kTableShift;
-      word = TableOf(word)->words[(iova.value() >> shift) & kTableMask].load(
-          std::memory_order_seq_cst);
-    }
-    const uint64_t offset = iova.value() & ((uint64_t{1} << shift) - 1);
-    return {word & kFlags, HostOf(word) + offset, (uint64_t{1} << shift) - offset};
+  Found find(Iova iova) const { return FindIn(ChunkWord(iova.value() >> kChunkShift), iova); }
+  // The same for IOVAs below 16 TiB; for others nothing is found. Calls nothing, so that a loop
+  // over it keeps what it needs in registers.
+  Found find_near(Iova iova) const {
+    const uint64_t chunk = iova.value() >> kChunkShift;
+    return chunk < kNearChunks ? FindIn(near_[chunk].load(std::memory_order_seq_cst), iova)
+                               : Found{};
   }
 
   // Whether a word's flags allow an access, and the memory is not about to go.
@@ -148,6 +145,16 @@ class PageDirectory {
   }
   static Table* MutableTableOf(uint64_t word) { return reinterpret_cast<Table*>(word & ~kFlags); }
 
+  static Found FindIn(uint64_t word, Iova iova) {
+    unsigned shift = kChunkShift;
+    while ((word & kTable) != 0) {
+      shift -= kTableShift;
+      word = TableOf(word)->words[(iova.value() >> shift) & kTableMask].load(
+          std::memory_order_seq_cst);
+    }
+    const uint64_t offset = iova.value() & ((uint64_t{1} << shift) - 1);
+    return {word & kFlags, HostOf(word) + offset, (uint64_t{1} << shift) - offset};
+  }
   uint64_t ChunkWord(uint64_t chunk) const {
     // seq_cst, here and below: a reader that announced itself sees what was marked as going before
     // somebody found that nobody is there, see AccessSlots. A plain load on x86 in any case.

@@ -106,26 +106,28 @@ void MeasurePins(Table* table) {
   const Settings& settings = table->settings();
   Lazy<Held> lazy([&] { return std::make_unique<Held>(settings); });
 
-  const auto batches = [&](std::string name, PageSlices Held::*pages, Target target) {
-    table->compare(std::move(name), kFlat, target, [&] {
+  const auto batches = [&](std::string name, PageSlices Held::*pages, size_t batch, Target target) {
+    table->compare(std::move(name), kFlat, target, [&lazy, pages, batch] {
       Held& held = lazy.get();
-      return Result<Comparison>({OurBatches(&held.hold.context(), &(held.*pages), kBatch),
+      return Result<Comparison>({OurBatches(&held.hold.context(), &(held.*pages), batch),
                                  CounterBatches(&held.flat, &(held.*pages))});
     });
   };
-  batches("pin + release, batch of 64, all pages", &Held::cold, Target::AtMost(0.85));
-  batches("pin + release, batch of 64, 4096 hot pages", &Held::hot, Target::AtMost(1.4));
+  batches("pin + release, batch of 64, all pages", &Held::cold, kBatch, Target::AtMost(0.85));
+  batches("pin + release, batch of 64, 4096 hot pages", &Held::hot, kBatch, Target::AtMost(1.4));
+  // 2.7: what the real libvfio-user's lookup, which counts nothing, was measured to cost against
+  // the same counters. Our model of it, below, is cheaper than that.
+  batches("pin + release, batch of 1, all pages", &Held::cold, 1, Target::AtMost(2.7));
 
-  const auto singles = [&](std::string name, PageSlices Held::*pages, Target target) {
-    table->compare(std::move(name), "libvfio-user's uncounted lookup, 8 regions (model)", target,
-                   [&] {
-                     Held& held = lazy.get();
-                     return Result<Comparison>({OurBatches(&held.hold.context(), &(held.*pages), 1),
-                                                ModelLookups(&held.tree, &(held.*pages))});
-                   });
+  const auto singles = [&](std::string name, PageSlices Held::*pages) {
+    table->compare(std::move(name), "libvfio-user's uncounted lookup, 8 regions (model)", {}, [&] {
+      Held& held = lazy.get();
+      return Result<Comparison>({OurBatches(&held.hold.context(), &(held.*pages), 1),
+                                 ModelLookups(&held.tree, &(held.*pages))});
+    });
   };
-  singles("pin + release, batch of 1, all pages", &Held::cold, Target::AtMost(1));
-  singles("pin + release, batch of 1, 4096 hot pages", &Held::hot, {});
+  singles("pin + release, batch of 1, all pages, against a lookup", &Held::cold);
+  singles("pin + release, batch of 1, 4096 hot pages, against a lookup", &Held::hot);
 
   table->compare("pin + release, batch of 64, held by whole mappings", kFlat, {},
                  [&] { return HeldByRanges(&lazy.get(), &lazy.get().few); });
