@@ -78,6 +78,7 @@ void ApiOnlyDomain::PublishCountsLocked() {
   ledger_row_->set_mapped_pages(counters_.mapped_pages);
   ledger_row_->set_pinned_pages(PinnedPagesLocked());
   ledger_row_->set_locked_pages(counters_.locked_pages);
+  ledger_row_->set_locked_areas(backend_->areas(), backend_->area_budget());
 }
 
 FilePages ApiOnlyDomain::backing_of(const PinnedRun& run) const {

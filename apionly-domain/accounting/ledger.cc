@@ -128,6 +128,10 @@ class SharedLedgerRow final : public LedgerRow {
   void set_locked_pages(uint64_t pages) override {
     Set(&ledger_format::RowRecord::locked_pages, pages);
   }
+  void set_locked_areas(uint64_t areas, uint64_t budget) override {
+    Set(&ledger_format::RowRecord::locked_areas, areas);
+    Set(&ledger_format::RowRecord::area_budget, budget);
+  }
   void set_granule_pages(uint32_t pages) override {
     if (!store_->owns(id_)) return;
     std::atomic_ref<uint32_t>(store_->row(id_.index).granule_pages)

@@ -38,6 +38,9 @@ class LedgerRow {
   virtual void set_pinned_pages(uint64_t pages) = 0;
   // What the kernel was asked to lock, granules included.
   virtual void set_locked_pages(uint64_t pages) = 0;
+  // In how many separate stretches these are, and how many the pin back end allows itself; 0, 0
+  // where that does not matter.
+  virtual void set_locked_areas(uint64_t areas, uint64_t budget) = 0;
   // The largest granule in which the pin back end locks. 1 at first.
   virtual void set_granule_pages(uint32_t pages) = 0;
 

@@ -110,7 +110,9 @@ struct RowRecord {
   alignas(64) uint64_t mapped_pages;
   uint64_t pinned_pages;
   uint64_t locked_pages;
-  uint8_t reserved2[40];
+  uint64_t locked_areas;  // separate stretches that they are in
+  uint64_t area_budget;   // how many of those the pin back end allows itself; 0: no limit
+  uint8_t reserved2[24];
 
   // Written with the lock held; what the bits say.
   alignas(64) uint64_t unique_pages;

@@ -168,6 +168,8 @@ Result<void> Reader::ReadRows() {
     row.mapped_pages = record.mapped_pages;
     row.pinned_pages = record.pinned_pages;
     row.locked_pages = record.locked_pages;
+    row.locked_areas = record.locked_areas;
+    row.area_budget = record.area_budget;
     row.unique_pages = record.unique_pages;
     row.charged_pages = record.charged_pages;
     row_at_[i] = static_cast<int>(snapshot_.rows.size());

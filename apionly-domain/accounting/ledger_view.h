@@ -35,6 +35,8 @@ struct LedgerSnapshot {
     uint64_t mapped_pages = 0;
     uint64_t pinned_pages = 0;
     uint64_t locked_pages = 0;
+    uint64_t locked_areas = 0;
+    uint64_t area_budget = 0;
     // The ledger's counters, and what the bits say.
     uint64_t unique_pages = 0;
     uint64_t charged_pages = 0;

@@ -71,8 +71,12 @@ void RenderKernel(Out out, const AuditReport::Vm& vm) {
         pid, vm.kernel[i]->vm_lck_kb, vm.kernel[i]->vm_pin_kb, BytesIn(locked) / 1024);
   }
   for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
-    fmt::format_to(out, "  {}: pinned by {}{}, {}-page granules\n", Shortened(row.name, 15),
+    fmt::format_to(out, "  {}: pinned by {}{}, {}-page granules", Shortened(row.name, 15),
                    row.pin_backend, KernelFigureOf(row.pin_backend), row.granule_pages);
+    if (row.area_budget != 0) {
+      fmt::format_to(out, ", {} of {} memory areas", row.locked_areas, row.area_budget);
+    }
+    fmt::format_to(out, "\n");
   }
 }
 
@@ -122,6 +126,8 @@ nlohmann::json DomainJson(const LedgerSnapshot::Row& row,
                          {"unique_pages", row.unique_pages},
                          {"charged_pages", row.charged_pages},
                          {"locked_pages", row.locked_pages},
+                         {"locked_areas", row.locked_areas},
+                         {"area_budget", row.area_budget},
                          {"percent_of_mapped", nullptr},
                          {"kernel", nullptr}};
   if (const auto percent = PercentOfMapped(row)) json["percent_of_mapped"] = *percent;

@@ -47,7 +47,8 @@ std::string RenderText(const AuditReport& report);
 //   DOMAIN  {"row": n, "name": str, "kind": "api-only|assigned|nested|kind-N", "pid": n,
 //            "state": "alive|dead|unknown", "pin_backend": str, "granule_pages": n,
 //            "mapped_pages": n, "pinned_pages": n, "unique_pages": n, "charged_pages": n,
-//            "locked_pages": n, "percent_of_mapped": n or null,
+//            "locked_pages": n, "locked_areas": n, "area_budget": n (0: no limit),
+//            "percent_of_mapped": n or null,
 //            "kernel": {"vm_lck_kb": n, "vm_pin_kb": n} or null}
 //   FILE    {"device": n, "inode": n, "pages": n, "unique_pages": n}
 //   ERROR   {"vm": uuid, "error": {"code": str, "message": str}}

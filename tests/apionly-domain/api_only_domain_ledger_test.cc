@@ -60,6 +60,8 @@ TEST_F(ApiOnlyDomainLedgerTest, TheLedgerAndTheKernelSayWhatTheDomainHolds) {
     EXPECT_EQ(seen.rows[0].charged_pages, 6u);
     EXPECT_EQ(seen.rows[0].granule_pages, 1u);
     EXPECT_EQ(seen.rows[0].locked_pages, 6u);
+    EXPECT_EQ(seen.rows[0].locked_areas, 1u);
+    EXPECT_GT(seen.rows[0].area_budget, 0u);
     EXPECT_EQ(KernelLockedPages() - before, 6u);
     ExpectInOrder();
   }

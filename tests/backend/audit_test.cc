@@ -67,6 +67,7 @@ TEST_F(AuditTest, TableShowsEveryDomainAndEveryPageOnceInTheTotal) {
   vgpu->set_mapped_pages(40000);
   vgpu->set_pinned_pages(123);
   vgpu->set_locked_pages(112);
+  vgpu->set_locked_areas(37, 16382);
   ASSERT_THAT(vgpu->hold(kRam, 50000, {0, 100}), IsOk());
   ASSERT_THAT((*assigned)->hold(kRam, 50000, {50, 1000}), IsOk());
   const Outcome outcome = Show();
@@ -103,6 +104,7 @@ TEST_F(AuditTest, TableShowsEveryDomainAndEveryPageOnceInTheTotal) {
   }
   EXPECT_TRUE(vgpu_seen && nic_seen && total_seen) << outcome.out;
   EXPECT_THAT(outcome.out, HasSubstr("pid " + pid + ": kernel VmLck"));
+  EXPECT_THAT(outcome.out, HasSubstr(", 37 of 16382 memory areas\n"));
   vgpu->release(kRam, {0, 100});
   (*assigned)->release(kRam, {50, 1000});
 }
@@ -112,6 +114,7 @@ TEST_F(AuditTest, JsonHasTheDocumentedFields) {
   auto row = Join(*ledger, "vgpu");
   row->set_mapped_pages(400);
   row->set_granule_pages(8);
+  row->set_locked_areas(37, 16382);
   ASSERT_THAT(row->hold(kRam, 1000, {0, 100}), IsOk());
   const nlohmann::json json = ShowJson();
   EXPECT_EQ(json["runtime_dir"], dir_);
@@ -133,6 +136,8 @@ TEST_F(AuditTest, JsonHasTheDocumentedFields) {
   EXPECT_EQ(domain["state"], "alive");
   EXPECT_EQ(domain["pin_backend"], "mlock");
   EXPECT_EQ(domain["granule_pages"], 8);
+  EXPECT_EQ(domain["locked_areas"], 37);
+  EXPECT_EQ(domain["area_budget"], 16382);
   EXPECT_EQ(domain["mapped_pages"], 400);
   EXPECT_EQ(domain["unique_pages"], 100);
   EXPECT_EQ(domain["charged_pages"], 100);
