@@ -103,8 +103,9 @@ void DirtyLog::read(IovaRange range, uint64_t bit_size, Read read, std::span<uin
     const uint64_t first = std::max(pages.first, piece_first);
     const uint64_t end = std::min(pages.end(), piece_first + kPiecePages);
     if (first >= end) continue;
+    auto* const words = &piece->words;  // a structured binding cannot be captured
     ForEachWord(first - piece_first, end - first, [&](uint64_t word, uint64_t mask) {
-      auto& marks = piece->words[word];
+      auto& marks = (*words)[word];
       uint64_t found = read == Read::kClear ? marks.fetch_and(~mask, std::memory_order_acq_rel)
                                             : marks.load(std::memory_order_acquire);
       for (found &= mask; found != 0; found &= found - 1) {

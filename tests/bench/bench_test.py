@@ -81,7 +81,7 @@ class TheCommandLine(unittest.TestCase):
         self.assertEqual(sum(line.startswith("translate, ") for line in done.stdout.splitlines()), 2)
 
     def test_wrong_arguments_are_refused(self):
-        for wrong in ("--table=nothing", "--repetitions=8", "--repetitions=x", "--what"):
+        for wrong in ("--table=nothing", "--rows=nothing", "--repetitions=8", "--repetitions=x", "--what"):
             with self.subTest(wrong):
                 done = bench("--quick", wrong)
                 self.assertEqual(done.returncode, 2)

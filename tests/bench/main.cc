@@ -5,6 +5,7 @@
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <string>
+#include <utility>
 
 #include "tests/bench/domain_table.h"
 #include "tests/bench/harness.h"
@@ -26,13 +27,19 @@ struct Options {
 
 int Run(const Options& options) {
   const Machine machine = Machine::Here();
-  if (!options.json) fmt::print("{}", Heading(options.settings, machine));
+  bool is_first = true;
   Table table(options.settings, [&](const Row& row) {
     if (options.json) return;
+    if (std::exchange(is_first, false)) fmt::print("{}", Heading(options.settings, machine));
     fmt::print("{}", LineOf(row));
     std::fflush(stdout);
   });
   MeasureDomain(&table);
+  if (table.rows().empty()) {
+    fmt::print(stderr, "mvgpu-bench: --rows: no row of table {} has '{}' in its name\n",
+               options.table, options.settings.rows);
+    return kExitUsage;
+  }
   if (options.json) {
     fmt::print("{}\n", JsonOf(options.table, options.settings, machine, table.rows()));
   }

@@ -18,9 +18,8 @@ namespace mvgpu::bench {
 // vfu_sgl_put() looks whether the dirty log is on. Nothing is pinned or counted.
 //
 // Calibration: compiled with -O2 and called in the same way, on one machine and in one minute, the
-// real one took 6.6 / 24 / 64 ns for a random page with 1 / 8 / 1024 regions, the model 4.7 / 21
-// /
-// 45. (Elsewhere the real one took 7.3 / 32 / 74 ns, and 32 ns for one call for 256 KiB with 8
+// real one took 6.6, 24 and 64 ns for a random page with 1, 8 and 1024 regions, the model 4.7, 21
+// and 45. (Elsewhere the real one took 7.3, 32 and 74 ns, and 32 ns for one call for 256 KiB with 8
 // regions.) So a row that is met against the model is met against the original. The rows
 // "libvfio-user model" show what the model takes.
 class RegionTree {
