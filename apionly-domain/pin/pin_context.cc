@@ -159,8 +159,9 @@ bool PinContext::TryUnpinPage(Iova page, Access access) {
   return true;
 }
 
-// In two passes: the first fetches translations and asks for the counters, which lie anywhere in
-// 16 MiB; by the time of the second they are there. A pass that did both would wait for each.
+// In two passes: the first looks translations up and asks for the counters, which lie anywhere in
+// 4 MiB for 64 GiB of memory; by the time of the second they are there. A pass that did both would
+// wait for each.
 Result<void> PinContext::PinHits(std::span<const Iova> pages, Access access,
                                  std::span<std::byte*> host, uint64_t* misses) {
   const auto wanted = static_cast<uint64_t>(access);

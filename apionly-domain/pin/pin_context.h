@@ -34,9 +34,10 @@ class PinOwner {
 // that it holds already (a hit) meets no other context. An owner that pins from several threads has
 // a context for each; handles may be released by any thread.
 //
-// A hit takes this context's lock, which nobody else takes but an unmap that looks for holders and
-// a release from another thread. A miss (the first pin of a page by this context, or the last
-// release) takes the domain's pin lock, and the system calls and accounts happen under that one.
+// A hit takes this context's lock and no other; other threads take that one only for moments and
+// never for a hit of theirs (an unmap that looks for holders, somebody else's miss, a report, the
+// release of a handle that was given away). A miss (the first pin of a page by this context, or the
+// last release) takes the domain's pin lock, and the system calls and accounts happen under that.
 //
 // Thread-safe; meant for one thread at a time. Lock order: the domain's pin lock, then this one.
 class alignas(64) PinContext {
@@ -92,7 +93,7 @@ class alignas(64) PinContext {
   // For one page; false, and nothing is changed, when it is a miss.
   bool TryPinPage(Iova page, Access access, std::byte** host);
   bool TryUnpinPage(Iova page, Access access);
-  // For at most kBatch pages. Bit i of *misses: pages[i] is still to be done by the domain.
+  // For at most kBatch pages. Bit i of *misses: pages[i] was no hit and is still to be done.
   Result<void> PinHits(std::span<const Iova> pages, Access access, std::span<std::byte*> host,
                        uint64_t* misses);
   Result<void> UnpinHits(std::span<const Iova> pages, Access access, uint64_t* misses);

@@ -22,6 +22,9 @@ bool InitSegment(const RegionTree::Region& region, uint64_t iova, uint64_t lengt
 }  // namespace
 
 RegionTree::RegionTree(const Layout& layout) {
+  // Not that of a tree that was at this address before: the hint may still point into it.
+  static uint64_t trees = 0;
+  generation_ = ++trees;
   for (const Placement& part : layout.placements) {
     regions_.push_back({part.iova, part.iova + part.size, kHostBase + part.iova, 3, true});
   }
