@@ -34,7 +34,8 @@ else
     mvgpu_build "$preset" -DMVGPU_WERROR=ON
     mvgpu_say "unit, conformance and model tests under $preset"
     ctest --preset "$preset" -j "$jobs" -LE 'e2e' --quiet -O "build/$preset.ctest.log" || {
-      tail -n 60 "build/$preset.ctest.log"
+      # What is said about the tests that failed, without the many that passed.
+      grep -avE '^ +Start +[0-9]+:|Test +#[0-9]+: .* Passed ' "build/$preset.ctest.log" | tail -n 200
       mvgpu_die "tests failed under $preset; the whole log is build/$preset.ctest.log"
     }
     tail -n 4 "build/$preset.ctest.log"
