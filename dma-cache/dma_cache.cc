@@ -78,13 +78,16 @@ Result<DmaMapping> DmaCache::map(IovaRange range, Direction direction) {
 
 Result<void> DmaCache::FillLocked(PageRun gap, Direction direction) {
   MVGPU_ASSIGN_OR_RETURN(domain::PinnedRange rest, pins_->pin(RangeOf(gap), AccessFor(direction)));
-  while (!rest.empty()) {
-    const domain::PinnedRun run = rest.runs().front();
-    MVGPU_ASSIGN_OR_RETURN(const DmaAddr address, mapper_->map(run, direction));
+  const bool is_writable = domain_->check(RangeOf(gap), domain::Access::kReadWrite).has_value();
+  std::vector<MappedRun> mapped;
+  MVGPU_RETURN_IF_ERROR(mapper_->map(
+      rest.runs(), is_writable ? domain::Access::kReadWrite : domain::Access::kRead, &mapped));
+  for (const MappedRun& run : mapped) {
+    const PageRun pages = PagesOf(run.iova);
     domain::PinnedRange tail;
-    if (rest.runs().size() > 1) tail = rest.split_off(rest.runs()[1].iova.start());
-    const PageRun pages = run.iova_pages();
-    entries_.emplace(pages.first, Entry{pages.count, address, next_generation_++, std::move(rest)});
+    if (pages.end() < gap.end()) tail = rest.split_off(Iova(BytesIn(pages.end())));
+    entries_.emplace(pages.first,
+                     Entry{pages.count, run.address, next_generation_++, std::move(rest)});
     counters_.cached_pages += pages.count;
     counters_.miss_pages += pages.count;
     rest = std::move(tail);
@@ -101,6 +104,7 @@ void DmaCache::DropLocked(PageRun pages) {
     mapper_->unmap(entry.address, BytesIn(entry.pages));
     counters_.unmapped_pages += entry.pages;
     counters_.cached_pages -= entry.pages;
+    mapper_->flush();
     it = entries_.erase(it);  // lets go of the pin, after the device mapping
   }
 }

@@ -38,6 +38,10 @@ namespace mvgpu::dma {
 
 class DmaCache;
 
+// Who moves the data: a device that reads guest memory, writes it, or both (the kernel's
+// DMA_TO_DEVICE, DMA_FROM_DEVICE, DMA_BIDIRECTIONAL).
+enum class Direction : uint8_t { kToDevice, kFromDevice, kBidirectional };
+
 // Contiguous IOVAs with a contiguous device address.
 struct DmaRun {
   IovaRange iova;           // whole pages

@@ -9,8 +9,11 @@ namespace {
 class NoneMapper final : public Mapper {
  public:
   std::string_view name() const override { return "none"; }
-  Result<DmaAddr> map(const domain::PinnedRun& run, Direction) override {
-    return DmaAddr(std::bit_cast<uint64_t>(run.host));
+  Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access,
+                   std::vector<MappedRun>* mapped) override {
+    for (const domain::PinnedRun& run : runs)
+      mapped->push_back({run.iova, DmaAddr(std::bit_cast<uint64_t>(run.host))});
+    return {};
   }
   void unmap(DmaAddr, uint64_t) override {}
 };

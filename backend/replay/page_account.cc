@@ -15,15 +15,23 @@ class WatchedMapper final : public dma::Mapper {
   WatchedMapper(std::unique_ptr<dma::Mapper> inner, PageAccount* account)
       : inner_(std::move(inner)), account_(account) {}
   std::string_view name() const override { return inner_->name(); }
-  Result<DmaAddr> map(const domain::PinnedRun& run, dma::Direction direction) override {
-    auto address = inner_->map(run, direction);
-    if (address) account_->on_dma_map(run.iova, *address);
-    return address;
+  Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access access,
+                   std::vector<dma::MappedRun>* mapped) override {
+    const size_t first = mapped->size();
+    MVGPU_RETURN_IF_ERROR(inner_->map(runs, access, mapped));
+    for (size_t i = first; i < mapped->size(); ++i)
+      account_->on_dma_map((*mapped)[i].iova, (*mapped)[i].address);
+    return {};
   }
   void unmap(DmaAddr address, uint64_t size) override {
     account_->on_dma_unmap(address, size);
     inner_->unmap(address, size);
   }
+  void flush() override { inner_->flush(); }
+  bool is_current(const domain::PinnedRun& run, DmaAddr address) override {
+    return inner_->is_current(run, address);
+  }
+  Figures figures() const override { return inner_->figures(); }
 
  private:
   const std::unique_ptr<dma::Mapper> inner_;

@@ -3,7 +3,9 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <span>
 #include <string_view>
+#include <vector>
 
 #include "apionly-domain/base/check.h"
 #include "dma-cache/mapper.h"
@@ -16,18 +18,21 @@ class CountingMapper final : public dma::Mapper {
  public:
   std::string_view name() const override { return "counting"; }
 
-  Result<DmaAddr> map(const domain::PinnedRun& run, dma::Direction) override {
+  Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access,
+                   std::vector<dma::MappedRun>* mapped) override {
     ++map_calls;
     if (fail_at_call != 0 && --fail_at_call == 0)
       return Fail(ErrorCode::kLimit, "fake mapper is full");
-    const uint64_t address = next_;
-    next_ += run.iova.size() + 16 * kPageSize;  // never contiguous by accident
-    for (uint64_t i = 0; i < PagesIn(run.iova.size()); ++i) {
-      const uint64_t iova_page = run.iova.start().page() + i;
-      ++maps_of_page[iova_page];
-      mapped_[address + BytesIn(i)] = iova_page;
+    for (const domain::PinnedRun& run : runs) {
+      mapped->push_back({run.iova, DmaAddr(next_)});
+      for (uint64_t i = 0; i < PagesIn(run.iova.size()); ++i) {
+        const uint64_t iova_page = run.iova.start().page() + i;
+        ++maps_of_page[iova_page];
+        mapped_[next_ + BytesIn(i)] = iova_page;
+      }
+      next_ += run.iova.size() + 16 * kPageSize;  // never contiguous by accident
     }
-    return DmaAddr(address);
+    return {};
   }
 
   void unmap(DmaAddr address, uint64_t size) override {
