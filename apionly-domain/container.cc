@@ -255,6 +255,14 @@ std::vector<Mapping> Container::mappings() const {
   return all;
 }
 
+std::optional<IovaRange> Container::mapping_at(Iova iova) const {
+  ReaderMutexLock lock(table_mutex_);
+  const auto next = mappings_.upper_bound(iova.value());
+  if (next == mappings_.begin()) return std::nullopt;
+  const IovaRange range = std::prev(next)->second.iova;
+  return range.contains(iova) ? std::optional(range) : std::nullopt;
+}
+
 Result<std::shared_ptr<GuestFile>> Container::FileOf(UniqueFd fd) {
   MVGPU_ASSIGN_OR_RETURN(const struct stat status, GuestFile::Inspect(fd.get()));
   const FileIdentity identity = GuestFile::IdentityOf(status);

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string_view>
 #include <vector>
 
@@ -85,6 +86,9 @@ class Container {
   // may go at any time, which costs an error then.
   uint64_t unsealed_files_seen() const { return unsealed_files_seen_.load(); }
   std::vector<Mapping> mappings() const;
+  // What the mapping around an IOVA covers; nullopt where nothing is mapped. May be called with any
+  // lock of a domain or of an owner of pins held.
+  std::optional<IovaRange> mapping_at(Iova iova) const;
 
  private:
   using MappingTable = absl::btree_map<uint64_t, Mapping>;  // by first IOVA; disjoint

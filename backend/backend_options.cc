@@ -30,9 +30,11 @@ Exit codes: 0 left as asked, 1 failure, 2 command line, 3 the socket cannot be u
 void PrintCapabilities() {
   nlohmann::json pins = nlohmann::json::array();
   for (const auto& [name, mode] : PinModes()) pins.push_back(name);
+  nlohmann::json mappers = nlohmann::json::array();
+  for (const auto& [name, mode] : DmaModes()) mappers.push_back(name);
   const nlohmann::json capabilities = {
-      {"type", "gpu"},          {"protocol", "vfio-user"}, {"features", {"edid"}},
-      {"pin", std::move(pins)}, {"dma", {"none"}},
+      {"type", "gpu"},          {"protocol", "vfio-user"},   {"features", {"edid"}},
+      {"pin", std::move(pins)}, {"dma", std::move(mappers)},
   };
   fmt::print("{}\n", capabilities.dump(2));
 }
@@ -85,8 +87,14 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
   app.add_option("--pin-limit", pin_limit,
                  "Most memory to pin at a time, e.g. 64M (default: no limit)")
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false).description(""));
-  AddChoice<DmaMode>(app, "--dma", vgpu.dma, {{"none", DmaMode::kNone}},
-                     "What stands in for dma_map_page: none (host pointers, for CPU rendering)");
+  auto* dma = AddChoice<DmaMode>(
+      app, "--dma", vgpu.dma, DmaModes(),
+      "What stands in for dma_map_page: none (host pointers, for CPU rendering; the default), "
+      "vulkan (addresses of a Vulkan device)");
+  app.add_option("--vulkan-device", vgpu.vulkan_device,
+                 "With --dma=vulkan: a UUID, a PCI address, /dev/dri/renderD128 or how a device's "
+                 "name begins (default: the first device that can)")
+      ->needs(dma);
   app.add_option("--screenshot", options.session.screenshot_path,
                  "What the guest shows, as PNG, on SIGUSR1 and when the VMM leaves");
   app.add_option("--record", options.session.record_path,

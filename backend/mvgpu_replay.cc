@@ -31,6 +31,7 @@ struct RunOptions {
   std::string pages;
   PinMode pin = PinMode::kNone;
   DmaMode dma = DmaMode::kNone;
+  std::string vulkan_device;
   bool as_json = false;
 };
 
@@ -124,7 +125,7 @@ int Fail(ExitCode code, const std::string& message) {
 int Run(const RunOptions& options) {
   auto reader = OpenTrace(options.trace);
   if (!reader) return Fail(ExitCode::kFailure, reader.error().message());
-  auto player = Player::Create(reader->get(), {options.pin, options.dma});
+  auto player = Player::Create(reader->get(), {options.pin, options.dma, options.vulkan_device});
   if (!player) return Fail(ExitCode::kFailure, player.error().message());
   Result<Player::Outcome> outcome = [&] {
     ProgressBar bar(reader->get());
@@ -222,8 +223,12 @@ int Main(int argc, char** argv) {
   run->add_option("--pages", run_options.pages, "Write what happened to each guest page as CSV");
   AddChoice<PinMode>(*run, "--pin", run_options.pin, PinModes(),
                      "How pages are held: mlock, io-uring, none (default: none)");
-  AddChoice<DmaMode>(*run, "--dma", run_options.dma, {{"none", DmaMode::kNone}},
-                     "The mapper: none");
+  auto* dma = AddChoice<DmaMode>(*run, "--dma", run_options.dma, DmaModes(),
+                                 "The mapper: none, vulkan (default: none)");
+  run->add_option("--vulkan-device", run_options.vulkan_device,
+                  "With --dma=vulkan: a UUID, PCI address, render node or name (default: the first "
+                  "device that can)")
+      ->needs(dma);
 
   std::string info_trace;
   bool info_json = false;

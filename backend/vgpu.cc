@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 
 #include "backend/observed_gpu.h"
+#include "dma-cache/vulkan/open_vulkan_mapper.h"
 #include "gpu-model/display/frame_hash.h"
 
 namespace mvgpu::backend {
@@ -21,6 +22,22 @@ std::vector<gpu::Display*> DisplaysFor(gpu::Display* screenshot, gpu::Display* r
   // Hashing a picture costs as much as copying it: only when somebody wants to know.
   if (observer == nullptr) return {screenshot};
   return {screenshot, reporter};
+}
+
+// `container` outlives the mapper.
+Result<std::unique_ptr<dma::Mapper>> MakeMapper(const VgpuConfig& config,
+                                                const domain::Container* container) {
+  switch (config.dma) {
+    case DmaMode::kNone:
+      break;
+    case DmaMode::kVulkan: {
+      dma::VulkanMapperOptions options;
+      options.device = config.vulkan_device;
+      options.mapping_at = [container](Iova iova) { return container->mapping_at(iova); };
+      return dma::OpenVulkanMapper(options);
+    }
+  }
+  return dma::MakeNoneMapper();
 }
 
 SessionObserver::Backing BackingOf(const domain::Container::MapRequest& request) {
@@ -47,6 +64,7 @@ void Vgpu::FrameReporter::on_frame(uint32_t scanout, const gpu::FrameView& frame
 
 Result<Vgpu::Parts> Vgpu::MakeParts(const VgpuConfig& config) {
   Parts parts;
+  parts.container = std::make_unique<domain::Container>();
   switch (config.pin) {
     case PinMode::kNone:
       parts.pin_backend = domain::MakeNonePinBackend();
@@ -58,11 +76,7 @@ Result<Vgpu::Parts> Vgpu::MakeParts(const VgpuConfig& config) {
       MVGPU_ASSIGN_OR_RETURN(parts.pin_backend, domain::MakeIoUringPinBackend());
       break;
   }
-  switch (config.dma) {
-    case DmaMode::kNone:
-      parts.mapper = dma::MakeNoneMapper();
-      break;
-  }
+  MVGPU_ASSIGN_OR_RETURN(parts.mapper, MakeMapper(config, parts.container.get()));
   return parts;
 }
 
@@ -77,6 +91,7 @@ Vgpu::Vgpu(VgpuConfig config, Parts parts, SessionObserver* observer, Owner* own
     : config_(std::move(config)),
       observer_(observer),
       owner_(owner),
+      container_(std::move(parts.container)),
       pin_backend_(std::move(parts.pin_backend)),
       mapper_(std::move(parts.mapper)),
       frame_reporter_(observer),
@@ -89,12 +104,12 @@ Result<void> Vgpu::Assemble() {
   MVGPU_ASSIGN_OR_RETURN(
       domain_, domain::ApiOnlyDomain::Create({config_.name, PagesIn(config_.pin_limit_bytes)},
                                              std::move(pin_backend_), ledger_.get(), observer_));
-  MVGPU_RETURN_IF_ERROR(container_.attach(domain_.get()));
+  MVGPU_RETURN_IF_ERROR(container_->attach(domain_.get()));
   cache_ = std::make_unique<dma::DmaCache>(domain_.get(), mapper_.get());
   MutexLock lock(mutex_);
   auto device = glue::VirtioGpuPci::Create(
       [this](gpu::GpuDevice::Owner* gpu_owner) { return MakeGpu(gpu_owner); }, domain_.get(),
-      &container_, this);
+      container_.get(), this);
   if (!device) return tl::unexpected<Error>(std::move(device).error());
   device_ = std::move(*device);
   return {};
@@ -109,7 +124,7 @@ Result<std::unique_ptr<gpu::GpuDevice>> Vgpu::MakeGpu(gpu::GpuDevice::Owner* gpu
 
 Vgpu::~Vgpu() {
   device_.reset();
-  if (domain_ != nullptr) MVGPU_CHECK(container_.detach(domain_.get()).has_value());
+  if (domain_ != nullptr) MVGPU_CHECK(container_->detach(domain_.get()).has_value());
 }
 
 bool Vgpu::step(uint16_t queue) {
@@ -121,7 +136,7 @@ bool Vgpu::step(uint16_t queue) {
 
 Vgpu::Counters Vgpu::counters() const {
   MutexLock lock(mutex_);
-  return {container_.totals(), domain_->counters(), cache_->counters(), device_->gpu().counters()};
+  return {container_->totals(), domain_->counters(), cache_->counters(), device_->gpu().counters()};
 }
 
 std::string Vgpu::session_json() const {
@@ -212,10 +227,10 @@ Result<void> Vgpu::dma_map(domain::Container::MapRequest request) {
   MutexLock lock(mutex_);
   const SessionObserver::Backing backing =
       observer_ != nullptr ? BackingOf(request) : SessionObserver::Backing{};
-  const uint64_t unsealed = container_.unsealed_files_seen();
+  const uint64_t unsealed = container_->unsealed_files_seen();
   MVGPU_RETURN_IF_ERROR(device_->vfio_device().dma_map(std::move(request)));
   if (observer_ != nullptr) observer_->on_map(*range, access, backing);
-  if (container_.unsealed_files_seen() != unsealed) owner_->on_unsealed_memory(*range);
+  if (container_->unsealed_files_seen() != unsealed) owner_->on_unsealed_memory(*range);
   return {};
 }
 

@@ -54,6 +54,7 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   };
   // What the configuration leaves to the caller to make or to wrap.
   struct Parts {
+    std::unique_ptr<domain::Container> container;  // what the mapper may ask about mappings
     std::unique_ptr<domain::PinBackend> pin_backend;
     std::unique_ptr<dma::Mapper> mapper;
   };
@@ -68,7 +69,7 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     bool all_released() const;
   };
 
-  // Errors: those of MakeIoUringPinBackend().
+  // Errors: those of MakeIoUringPinBackend() and OpenVulkanMapper().
   static Result<Parts> MakeParts(const VgpuConfig& config);
   // `observer` may be null; it and `owner` outlive the vGPU. Errors: those of Ledger::Open(),
   // ApiOnlyDomain::Create() and GpuDevice::Create().
@@ -144,7 +145,7 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   mutable Mutex mutex_;
   // In the order of their making: each uses those above it. Set once by Assemble().
   std::unique_ptr<domain::Ledger> ledger_;
-  domain::Container container_;
+  const std::unique_ptr<domain::Container> container_;
   std::unique_ptr<domain::PinBackend> pin_backend_;  // until the domain takes it
   std::unique_ptr<domain::ApiOnlyDomain> domain_;
   std::unique_ptr<dma::Mapper> mapper_;

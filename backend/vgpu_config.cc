@@ -32,6 +32,12 @@ const std::map<std::string, PinMode>& PinModes() {
   return modes;
 }
 
+const std::map<std::string, DmaMode>& DmaModes() {
+  static const std::map<std::string, DmaMode> modes = {{"none", DmaMode::kNone},
+                                                       {"vulkan", DmaMode::kVulkan}};
+  return modes;
+}
+
 std::string_view PinModeName(PinMode mode) {
   for (const auto& [name, named] : PinModes())
     if (named == mode) return name;
@@ -39,10 +45,8 @@ std::string_view PinModeName(PinMode mode) {
 }
 
 std::string_view DmaModeName(DmaMode mode) {
-  switch (mode) {
-    case DmaMode::kNone:
-      return "none";
-  }
+  for (const auto& [name, named] : DmaModes())
+    if (named == mode) return name;
   return "";
 }
 

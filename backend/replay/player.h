@@ -29,6 +29,7 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   struct Options {
     PinMode pin = PinMode::kNone;
     DmaMode dma = DmaMode::kNone;
+    std::string vulkan_device{};  // with DmaMode::kVulkan
   };
   struct Outcome {
     uint64_t records = 0;

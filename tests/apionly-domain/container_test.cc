@@ -68,6 +68,16 @@ TEST_F(ContainerTest, StoresMappingsAndUnmapsThem) {
   EXPECT_EQ(container_.totals().mappings, 1u);
 }
 
+TEST_F(ContainerTest, AnAddressLeadsToItsMapping) {
+  ASSERT_THAT(Map(0x10000, 0, 0x4000), IsOk());
+  ASSERT_THAT(Map(0x14000, 0x4000, 0x1000), IsOk());  // goes on in the file: still one of its own
+  EXPECT_EQ(container_.mapping_at(Iova(0xffff)), std::nullopt);
+  EXPECT_EQ(container_.mapping_at(Iova(0x10000)), MakeRange(0x10000, 0x4000));
+  EXPECT_EQ(container_.mapping_at(Iova(0x13fff)), MakeRange(0x10000, 0x4000));
+  EXPECT_EQ(container_.mapping_at(Iova(0x14000)), MakeRange(0x14000, 0x1000));
+  EXPECT_EQ(container_.mapping_at(Iova(0x15000)), std::nullopt);
+}
+
 TEST_F(ContainerTest, AnIdenticalRemapIsAcceptedAnOverlapIsNot) {
   ASSERT_THAT(Map(0x10000, 0, 0x4000), IsOk());
   EXPECT_THAT(Map(0x10000, 0, 0x4000), IsOk());

@@ -55,6 +55,7 @@ TEST_F(BackendCommandLineTest, CapabilitiesAreOneJsonObject) {
   ASSERT_TRUE(capabilities.is_object()) << process.out();
   EXPECT_EQ(capabilities.at("type"), "gpu");
   EXPECT_EQ(capabilities.at("pin").dump(), "[\"io-uring\",\"mlock\",\"none\"]");
+  EXPECT_EQ(capabilities.at("dma").dump(), "[\"none\",\"vulkan\"]");
   EXPECT_EQ(process.err(), "");
 }
 
@@ -78,6 +79,7 @@ TEST_F(BackendCommandLineTest, MistakesAreOneLineAndExitCodeTwo) {
   EXPECT_THAT(ExpectRefuses({path, "--fd=3"}, 2), HasSubstr("--fd"));
   EXPECT_THAT(ExpectRefuses({path, "--pin=glue"}, 2), HasSubstr("glue"));
   EXPECT_THAT(ExpectRefuses({path, "--dma=magic"}, 2), HasSubstr("magic"));
+  EXPECT_THAT(ExpectRefuses({path, "--vulkan-device=x"}, 2), HasSubstr("requires --dma"));
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=lots"}, 2), HasSubstr("lots"));
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=99999999999999999999G"}, 2),
               HasSubstr("pin-limit"));
@@ -86,6 +88,13 @@ TEST_F(BackendCommandLineTest, MistakesAreOneLineAndExitCodeTwo) {
   EXPECT_THAT(ExpectRefuses({"--fd=zero"}, 2), HasSubstr("--fd"));
   EXPECT_THAT(ExpectRefuses({path, "--vm-uuid=nobody"}, 2), HasSubstr("nobody"));
   EXPECT_THAT(ExpectRefuses({"--socket-path="}, 2), HasSubstr("--socket-path"));
+  EXPECT_FALSE(std::filesystem::exists(socket_path()));
+}
+
+TEST_F(BackendCommandLineTest, MapperThatCannotBeMadeIsNoticedAtTheStart) {
+  const std::string path = "--socket-path=" + socket_path();
+  EXPECT_THAT(ExpectRefuses({path, "--dma=vulkan", "--vulkan-device=/etc/hostname"}, 1),
+              HasSubstr("vulkan"));
   EXPECT_FALSE(std::filesystem::exists(socket_path()));
 }
 
