@@ -52,6 +52,7 @@ void ApiOnlyDomain::CloseContext(PinContext* context) {
 ApiOnlyDomain::Counters ApiOnlyDomain::counters() const {
   MutexLock lock(pin_mutex_);
   Counters counters = counters_;
+  counters.locked_pages = backend_->locked_pages();
   for (PinContext* context : contexts_) {
     SpinLockHold hold(context->lock_);
     counters.pin_calls += context->figures_.pin_calls;
@@ -73,11 +74,9 @@ uint64_t ApiOnlyDomain::PinnedPagesLocked() const {
 
 // Hits do not come by here, so the ledger's figure of pinned pages is from the last miss.
 void ApiOnlyDomain::PublishCountsLocked() {
-  counters_.locked_pages = backend_->locked_pages();
-  if (ledger_row_ == nullptr) return;
   ledger_row_->set_mapped_pages(counters_.mapped_pages);
   ledger_row_->set_pinned_pages(PinnedPagesLocked());
-  ledger_row_->set_locked_pages(counters_.locked_pages);
+  ledger_row_->set_locked_pages(backend_->locked_pages());
   ledger_row_->set_locked_areas(backend_->areas(), backend_->area_budget());
 }
 

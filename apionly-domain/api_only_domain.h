@@ -88,7 +88,7 @@ class ApiOnlyDomain final : public Domain {
     uint64_t locked_pages = 0;        // held by the pin back end, granules included
     uint64_t pin_calls = 0;           // successful ones since creation, see PinContext
     uint64_t pages_pinned = 0;        // page holds taken since creation
-    uint64_t pages_locked_first = 0;  // of these, pages that nobody held before
+    uint64_t pages_locked_first = 0;  // pages locked because nobody held them before
     uint64_t revocations = 0;         // owners told to let go
   };
   // The ledger and the observer (may be null) must outlive the domain. Errors: those of
@@ -196,18 +196,29 @@ class ApiOnlyDomain final : public Domain {
                        PinnedRuns* runs);
   void ReleaseMiss(PinContext* context, PageRun run, bool for_write, PinCounts::Form form);
   void CloseContext(PinContext* context);
-  // The pages behind the IOVA pages in scratch_.unheld that no context holds, here or at other
-  // IOVAs that show them; each once. Valid until the next call.
-  std::span<const FilePages> UnheldLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // Takes out of *runs what is held: by these counts, or by the contexts but `except`.
+  static void SubtractHeld(const PinCounts& counts, std::vector<PageRun>* runs,
+                           std::vector<PageRun>* scratch);
+  void SubtractHeldLocked(std::vector<PageRun>* runs, const PinContext* except)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // The pages behind IOVA pages that no context holds, without those that one holds at another IOVA
+  // that shows them; each once. Valid until the next call.
+  std::span<const FilePages> FilePagesLocked(std::span<const PageRun> runs)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  static void AppendPages(const FilePages& pages, std::vector<FilePages>* parts);
   // Appends those of the pages that no context holds at any of the IOVAs that show them.
   void AppendUnaliasedLocked(const FilePages& pages, std::vector<FilePages>* parts)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
-  void SubtractHeldLocked(std::vector<PageRun>* runs) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   // Pins and charges pages that nobody held before: all of them, or none and an error.
   Result<void> HoldLocked(std::span<const FilePages> fresh)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   Result<void> HoldOneLocked(const FilePages& fresh) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // Unpins the pages again when they cannot be charged. REQUIRES: there is a ledger.
+  Result<void> ChargeLocked(const FilePages& fresh) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  tl::unexpected<Error> PinLimitErrorLocked(uint64_t wanted) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   void LetGoLocked(const FilePages& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // To the ledger. REQUIRES: there is one.
   void PublishCountsLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   uint64_t PinnedPagesLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
 
@@ -243,7 +254,7 @@ class ApiOnlyDomain final : public Domain {
   mutable Mutex fileless_mutex_;                                                  // innermost
   absl::btree_map<uint64_t, Mapping> fileless_ ABSL_GUARDED_BY(fileless_mutex_);  // by first IOVA
 
-  mutable Mutex pin_mutex_;
+  mutable ExclusiveMutex pin_mutex_;
   ConditionVariable released_;  // a context let go of pages while an unmap waits
   const std::unique_ptr<PinBackend> backend_ ABSL_PT_GUARDED_BY(pin_mutex_);
   std::unique_ptr<LedgerRow> ledger_row_;  // set once by Create(); locks itself
@@ -253,11 +264,12 @@ class ApiOnlyDomain final : public Domain {
   struct {
     std::vector<PageRun> unheld;
     std::vector<PageRun> rest;
+    std::vector<PageRun> written;
     std::vector<FilePages> parts;
   } scratch_ ABSL_GUARDED_BY(pin_mutex_);
   bool unmap_waits_ ABSL_GUARDED_BY(pin_mutex_) = false;
   uint32_t granule_pages_ ABSL_GUARDED_BY(pin_mutex_) = 1;  // the largest, as the ledger shows it
-  // Without what the contexts count themselves; of closed contexts, what they counted.
+  // Without what the contexts and the back end count; of closed contexts, what they counted.
   Counters counters_ ABSL_GUARDED_BY(pin_mutex_);
 };
 

@@ -51,7 +51,7 @@ Container::~Container() { MVGPU_CHECK(domains_.empty()); }
 Result<void> Container::map(MapRequest request) {
   MVGPU_ASSIGN_OR_RETURN(const IovaRange range, AlignedRange(request.iova, request.size));
   MutexLock change(change_mutex_);
-  MVGPU_ASSIGN_OR_RETURN(const Mapping mapping, MappingFor(std::move(request), range));
+  MVGPU_ASSIGN_OR_RETURN(Mapping mapping, MappingFor(std::move(request), range));
   MVGPU_ASSIGN_OR_RETURN(const bool is_new, CheckNew(mapping));
   if (!is_new) return {};
   Result<void> outcome;
@@ -61,7 +61,7 @@ Result<void> Container::map(MapRequest request) {
   for (Domain* domain : std::span(domains_).first(told)) {
     domain->on_map_done(mapping, outcome.has_value());
   }
-  if (outcome) AddToTable(mapping);
+  if (outcome) AddToTable(std::move(mapping));
   return outcome;
 }
 
@@ -103,7 +103,7 @@ Result<bool> Container::CheckNew(const Mapping& mapping) const {
                               Describe(mapping.iova), Describe(other.iova)));
     }
   }
-  const bool merges = NeighboursLocked(mapping) > 0;
+  const bool merges = NeighboursLocked(mapping, next) > 0;
   if ((!merges && totals_.merged_mappings >= limits_.max_mappings) ||
       totals_.mappings >= limits_.max_pieces) {
     return Fail(ErrorCode::kLimit,
@@ -174,39 +174,42 @@ Result<uint64_t> Container::Unmap(const Mappings& going) {
   return bytes;
 }
 
-void Container::AddToTable(const Mapping& mapping) {
+void Container::AddToTable(Mapping mapping) {
   MutexLock lock(table_mutex_);
-  totals_.merged_mappings += 1 - NeighboursLocked(mapping);
+  const uint64_t first = mapping.iova.start().value();
+  const auto next = mappings_.upper_bound(first);
+  totals_.merged_mappings += 1 - NeighboursLocked(mapping, next);
   totals_.mappings += 1;
   totals_.mapped_pages += mapping.pages();
   if (mapping.file != nullptr) totals_.reachable_pages += mapping.pages();
-  mappings_.emplace(mapping.iova.start().value(), mapping);
+  mappings_.emplace_hint(next, first, std::move(mapping));
 }
 
 void Container::RemoveFromTable(const Mapping& going) {
   MutexLock lock(table_mutex_);
   const auto it = std::prev(mappings_.upper_bound(going.iova.start().value()));
-  const Mapping whole = it->second;
-  mappings_.erase(it);
+  const Mapping whole = std::move(it->second);
+  auto next = mappings_.erase(it);
   totals_.mappings -= 1;
-  totals_.merged_mappings -= 1 - NeighboursLocked(whole);
+  totals_.merged_mappings -= 1 - NeighboursLocked(whole, next);
   totals_.mapped_pages -= going.pages();
   if (going.file != nullptr) totals_.reachable_pages -= going.pages();
+  // From the end on, so that `next` stays the mapping behind.
   const auto keep = [&](Iova first, Iova last) ABSL_EXCLUSIVE_LOCKS_REQUIRED(table_mutex_) {
     const Mapping part = whole.slice(IovaRange::FromFirstAndLast(first, last));
     totals_.mappings += 1;
-    totals_.merged_mappings += 1 - NeighboursLocked(part);
-    mappings_.emplace(first.value(), part);
+    totals_.merged_mappings += 1 - NeighboursLocked(part, next);
+    next = mappings_.emplace_hint(next, first.value(), part);
   };
+  if (going.iova.last() < whole.iova.last()) keep(going.iova.last() + 1, whole.iova.last());
   if (whole.iova.start() < going.iova.start()) {
     keep(whole.iova.start(), Iova(going.iova.start().value() - 1));
   }
-  if (going.iova.last() < whole.iova.last()) keep(going.iova.last() + 1, whole.iova.last());
 }
 
-uint64_t Container::NeighboursLocked(const Mapping& mapping) const {
+uint64_t Container::NeighboursLocked(const Mapping& mapping,
+                                     MappingTable::const_iterator next) const {
   uint64_t neighbours = 0;
-  const auto next = mappings_.upper_bound(mapping.iova.start().value());
   if (next != mappings_.end() && mapping.continues_in(next->second)) ++neighbours;
   if (next != mappings_.begin() && std::prev(next)->second.continues_in(mapping)) ++neighbours;
   return neighbours;

@@ -103,13 +103,14 @@ class Container {
   Result<Mappings> MappingsIn(IovaRange range, Cut cut) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_);
   Result<uint64_t> Unmap(const Mappings& going) ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_);
-  void AddToTable(const Mapping& mapping) ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_);
+  void AddToTable(Mapping mapping) ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_);
   void RemoveFromTable(const Mapping& going) ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_);
-  // How many of the two neighbours a mapping goes together with.
-  uint64_t NeighboursLocked(const Mapping& mapping) const ABSL_SHARED_LOCKS_REQUIRED(table_mutex_);
+  // How many of the two neighbours a mapping goes together with. `next`: the first mapping behind.
+  uint64_t NeighboursLocked(const Mapping& mapping, MappingTable::const_iterator next) const
+      ABSL_SHARED_LOCKS_REQUIRED(table_mutex_);
 
   const Limits limits_;
-  Mutex change_mutex_;
+  ExclusiveMutex change_mutex_;
   std::vector<Domain*> domains_ ABSL_GUARDED_BY(change_mutex_);
   absl::flat_hash_map<FileIdentity, std::weak_ptr<GuestFile>> files_ ABSL_GUARDED_BY(change_mutex_);
 

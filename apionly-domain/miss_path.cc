@@ -1,6 +1,9 @@
 // First pins and last releases: what changes which pages are held. All of it under the pin lock, so
 // that one miss at a time decides who is first and who is last, and so that an unmap that has the
 // pin lock sees every pin that got past its mark.
+//
+// Inline is what lies between a miss and its system calls: after each of these the processor
+// mispredicts the return of every frame around it.
 
 #include <fmt/format.h>
 
@@ -11,98 +14,57 @@
 
 namespace mvgpu::domain {
 
-Result<void> ApiOnlyDomain::PinMiss(PinContext* context, IovaRange pages, Access access,
-                                    PinCounts::Form form, PinnedRuns* runs) {
-  const bool for_write = PinContext::IsForWrite(access);
-  MutexLock lock(pin_mutex_);
-  std::optional<PageDirectory::Stop> stop;
-  scratch_.unheld.clear();
-  {
-    SpinLockHold hold(context->lock_);
-    stop = directory_.walk(pages, static_cast<uint64_t>(access), [&](auto extent) {
-      runs->push_back({extent.iova, extent.host});
-    });
-    context->CountsLocked(for_write).append_unheld(PagesOf(pages), &scratch_.unheld);
-  }
-  if (stop) return tl::unexpected<Error>(StopError(pages, *stop, access));
-  // The context's lock is free during the system calls. What it holds cannot change meanwhile: that
-  // takes the pin lock.
-  MVGPU_RETURN_IF_ERROR(HoldLocked(UnheldLocked()));
-  {
-    SpinLockHold hold(context->lock_);
-    context->CountsLocked(for_write).add(PagesOf(pages), form);
-    context->CountPinLocked(PagesOf(pages).count);
-  }
-  PublishCountsLocked();
-  return {};
+void ApiOnlyDomain::SubtractHeld(const PinCounts& counts, std::vector<PageRun>* runs,
+                                 std::vector<PageRun>* scratch) {
+  if (counts.empty() || runs->empty()) return;
+  scratch->clear();
+  for (const PageRun& run : *runs) counts.append_unheld(run, scratch);
+  runs->swap(*scratch);
 }
 
-void ApiOnlyDomain::ReleaseMiss(PinContext* context, PageRun run, bool for_write,
-                                PinCounts::Form form) {
-  MutexLock lock(pin_mutex_);
-  scratch_.unheld.clear();
-  {
-    SpinLockHold hold(context->lock_);
-    context->CountsLocked(for_write).remove(run, form, &scratch_.unheld);
-    context->figures_.pinned_pages -= run.count;
-  }
-  // Pages that stay held for write are dirty by that; these are once more, after the release.
-  if (for_write && dirty_.is_on()) {
-    for (const PageRun& freed : scratch_.unheld) dirty_.mark(freed);
-  }
-  for (const FilePages& pages : UnheldLocked()) {
-    LetGoLocked(pages);
-    counters_.unique_pages -= pages.pages.count;
-  }
-  PublishCountsLocked();
-  if (unmap_waits_) released_.notify_all();
-}
-
-void ApiOnlyDomain::SubtractHeldLocked(std::vector<PageRun>* runs) {
+void ApiOnlyDomain::SubtractHeldLocked(std::vector<PageRun>* runs, const PinContext* except) {
   for (PinContext* context : contexts_) {
+    if (context == except) continue;
     SpinLockHold hold(context->lock_);
-    for (const PinCounts& counts : context->counts_) {
-      if (counts.empty()) continue;
-      scratch_.rest.clear();
-      for (const PageRun& run : *runs) counts.append_unheld(run, &scratch_.rest);
-      runs->swap(scratch_.rest);
-    }
+    for (const PinCounts& counts : context->counts_) SubtractHeld(counts, runs, &scratch_.rest);
   }
 }
 
-std::span<const FilePages> ApiOnlyDomain::UnheldLocked() {
-  SubtractHeldLocked(&scratch_.unheld);
+std::span<const FilePages> ApiOnlyDomain::FilePagesLocked(std::span<const PageRun> runs) {
   scratch_.parts.clear();
-  for (PageRun rest : scratch_.unheld) {
+  for (PageRun rest : runs) {
     while (rest.count != 0) {
       // Mapped: a pin has just looked, or a pin that is being released kept the mapping.
       const PageDirectory::Found found = directory_.find(Iova(BytesIn(rest.first)));
       const FilePages pages = files_.at(found.host, std::min(rest.count, PagesIn(found.left)));
-      AppendUnaliasedLocked(pages, &scratch_.parts);
+      if (files_.has_aliases(*pages.file)) {
+        AppendUnaliasedLocked(pages, &scratch_.parts);
+      } else {
+        AppendPages(pages, &scratch_.parts);
+      }
       rest = {rest.first + pages.pages.count, rest.count - pages.pages.count};
     }
   }
   return scratch_.parts;
 }
 
+void ApiOnlyDomain::AppendPages(const FilePages& pages, std::vector<FilePages>* parts) {
+  if (!parts->empty() && parts->back().file == pages.file &&
+      parts->back().pages.end() == pages.pages.first) {
+    parts->back().pages.count += pages.pages.count;
+  } else {
+    parts->push_back(pages);
+  }
+}
+
 void ApiOnlyDomain::AppendUnaliasedLocked(const FilePages& pages, std::vector<FilePages>* parts) {
-  const auto append = [parts](const FilePages& part) {
-    if (!parts->empty() && parts->back().file == part.file &&
-        parts->back().pages.end() == part.pages.first) {
-      parts->back().pages.count += part.pages.count;
-    } else {
-      parts->push_back(part);
-    }
-  };
-  const std::vector<MappedFiles::View> views = files_.aliases(pages);
-  if (views.empty()) return append(pages);
   RunCounter held;
   for (const FilePages& part : *parts) {  // the same page at another IOVA of the same request
     if (part.file == pages.file) held.add(part.pages);
   }
-  for (const MappedFiles::View& view : views) {
+  for (const MappedFiles::View& view : files_.aliases(pages)) {
     std::vector<PageRun> unheld{view.iova};
-    SubtractHeldLocked(&unheld);
+    SubtractHeldLocked(&unheld, /*except=*/nullptr);
     RunCounter held_here;
     held_here.add({view.file_page, view.iova.count});
     for (const PageRun& run : unheld) {
@@ -110,35 +72,23 @@ void ApiOnlyDomain::AppendUnaliasedLocked(const FilePages& pages, std::vector<Fi
     }
     held_here.for_each(pages.pages, [&held](PageRun run) { held.add(run); });
   }
-  for (const PageRun& run : held.uncovered(pages.pages)) append({pages.file, run});
+  for (const PageRun& run : held.uncovered(pages.pages)) AppendPages({pages.file, run}, parts);
 }
 
-Result<void> ApiOnlyDomain::HoldLocked(std::span<const FilePages> fresh) {
-  uint64_t wanted = 0;
-  for (const FilePages& part : fresh) wanted += part.pages.count;
-  if (wanted > options_.pin_limit_pages - counters_.unique_pages) {
-    return Fail(
-        ErrorCode::kLimit,
-        fmt::format("{}: {} of at most {} pages are pinned, {} more do not fit; raise --pin-limit "
-                    "to at least {}K",
-                    options_.name, counters_.unique_pages, options_.pin_limit_pages, wanted,
-                    BytesIn(counters_.unique_pages + wanted) / 1024));
-  }
-  for (size_t i = 0; i < fresh.size(); ++i) {
-    if (auto held = HoldOneLocked(fresh[i]); !held) {
-      while (i > 0) LetGoLocked(fresh[--i]);
-      return held;
-    }
-  }
-  counters_.unique_pages += wanted;
-  counters_.peak_unique_pages = std::max(counters_.peak_unique_pages, counters_.unique_pages);
-  counters_.pages_locked_first += wanted;
-  return {};
+[[gnu::always_inline]] inline void ApiOnlyDomain::LetGoLocked(const FilePages& pages) {
+  // The charge goes last: at no instant is a page held by the kernel for us without being
+  // accounted.
+  backend_->unpin(*pages.file, pages.pages);
+  if (ledger_row_ != nullptr) ledger_row_->release(pages.file->identity(), pages.pages);
 }
 
-Result<void> ApiOnlyDomain::HoldOneLocked(const FilePages& fresh) {
+[[gnu::always_inline]] inline Result<void> ApiOnlyDomain::HoldOneLocked(const FilePages& fresh) {
   MVGPU_RETURN_IF_ERROR(backend_->pin(*fresh.file, fresh.pages));
   if (ledger_row_ == nullptr) return {};
+  return ChargeLocked(fresh);
+}
+
+Result<void> ApiOnlyDomain::ChargeLocked(const FilePages& fresh) {
   auto charged = ledger_row_->hold(fresh.file->identity(), fresh.file->pages(), fresh.pages);
   if (!charged) {
     backend_->unpin(*fresh.file, fresh.pages);
@@ -151,11 +101,86 @@ Result<void> ApiOnlyDomain::HoldOneLocked(const FilePages& fresh) {
   return {};
 }
 
-void ApiOnlyDomain::LetGoLocked(const FilePages& pages) {
-  // The charge goes last: at no instant is a page held by the kernel for us without being
-  // accounted.
-  backend_->unpin(*pages.file, pages.pages);
-  if (ledger_row_ != nullptr) ledger_row_->release(pages.file->identity(), pages.pages);
+[[gnu::always_inline]] inline Result<void> ApiOnlyDomain::HoldLocked(
+    std::span<const FilePages> fresh) {
+  uint64_t wanted = 0;
+  for (const FilePages& part : fresh) wanted += part.pages.count;
+  if (wanted > options_.pin_limit_pages - counters_.unique_pages)
+    return PinLimitErrorLocked(wanted);
+  for (size_t i = 0; i < fresh.size(); ++i) {
+    if (auto held = HoldOneLocked(fresh[i]); !held) [[unlikely]] {
+      while (i > 0) LetGoLocked(fresh[--i]);
+      return held;
+    }
+  }
+  counters_.unique_pages += wanted;
+  counters_.peak_unique_pages = std::max(counters_.peak_unique_pages, counters_.unique_pages);
+  counters_.pages_locked_first += wanted;
+  return {};
+}
+
+tl::unexpected<Error> ApiOnlyDomain::PinLimitErrorLocked(uint64_t wanted) const {
+  return Fail(
+      ErrorCode::kLimit,
+      fmt::format("{}: {} of at most {} pages are pinned, {} more do not fit; raise --pin-limit "
+                  "to at least {}K",
+                  options_.name, counters_.unique_pages, options_.pin_limit_pages, wanted,
+                  BytesIn(counters_.unique_pages + wanted) / 1024));
+}
+
+Result<void> ApiOnlyDomain::PinMiss(PinContext* context, IovaRange pages, Access access,
+                                    PinCounts::Form form, PinnedRuns* runs) {
+  const bool for_write = PinContext::IsForWrite(access);
+  MutexLock lock(pin_mutex_);
+  std::optional<PageDirectory::Stop> stop;
+  scratch_.unheld.assign(1, PagesOf(pages));
+  {
+    SpinLockHold hold(context->lock_);
+    stop = directory_.walk(pages, static_cast<uint64_t>(access), [&](auto extent) {
+      runs->push_back({extent.iova, extent.host});
+    });
+    for (const PinCounts& counts : context->counts_) {
+      SubtractHeld(counts, &scratch_.unheld, &scratch_.rest);
+    }
+  }
+  if (stop) return tl::unexpected<Error>(StopError(pages, *stop, access));
+  // The context's lock is free during the system calls. What it holds cannot change meanwhile: that
+  // takes the pin lock.
+  SubtractHeldLocked(&scratch_.unheld, context);
+  MVGPU_RETURN_IF_ERROR(HoldLocked(FilePagesLocked(scratch_.unheld)));
+  {
+    SpinLockHold hold(context->lock_);
+    context->CountsLocked(for_write).add(PagesOf(pages), form);
+    context->CountPinLocked(PagesOf(pages).count);
+  }
+  if (ledger_row_ != nullptr) PublishCountsLocked();
+  return {};
+}
+
+void ApiOnlyDomain::ReleaseMiss(PinContext* context, PageRun run, bool for_write,
+                                PinCounts::Form form) {
+  MutexLock lock(pin_mutex_);
+  std::vector<PageRun>& unheld = scratch_.unheld;
+  // Pages that stay held for write are dirty by that; these are once more, after the release.
+  const bool is_logged = for_write && dirty_.is_on();
+  unheld.clear();
+  {
+    SpinLockHold hold(context->lock_);
+    context->CountsLocked(for_write).remove(run, form, &unheld);
+    context->figures_.pinned_pages -= run.count;
+    if (is_logged) scratch_.written = unheld;
+    SubtractHeld(context->CountsLocked(!for_write), &unheld, &scratch_.rest);
+  }
+  if (is_logged) {
+    for (const PageRun& written : scratch_.written) dirty_.mark(written);
+  }
+  SubtractHeldLocked(&unheld, context);
+  for (const FilePages& pages : FilePagesLocked(unheld)) {
+    counters_.unique_pages -= pages.pages.count;
+    LetGoLocked(pages);
+  }
+  if (ledger_row_ != nullptr) PublishCountsLocked();
+  if (unmap_waits_) released_.notify_all();
 }
 
 }  // namespace mvgpu::domain

@@ -124,11 +124,14 @@ void ApiOnlyDomain::RemoveFileless(IovaRange range) {
 // A table may go when nobody who looked it up can still be reading it: lookups happen in sections
 // of the access slots, under a context's lock, or under the pin lock.
 void ApiOnlyDomain::FreeRetiredTables() {
-  const PageDirectory::RetiredTables retired = directory_.take_retired();
+  PageDirectory::RetiredTables retired = directory_.take_retired();
   if (retired.empty()) return;
   slots_.wait_for_lookups();
-  MutexLock lock(pin_mutex_);
-  for (PinContext* context : contexts_) SpinLockHold hold(context->lock_);
+  {
+    MutexLock lock(pin_mutex_);
+    for (PinContext* context : contexts_) SpinLockHold hold(context->lock_);
+  }
+  directory_.recycle(std::move(retired));
 }
 
 }  // namespace mvgpu::domain

@@ -3,6 +3,7 @@
 #include <absl/base/thread_annotations.h>
 
 #include <condition_variable>
+#include <mutex>
 #include <shared_mutex>
 
 namespace mvgpu {
@@ -21,9 +22,22 @@ class ABSL_LOCKABLE Mutex {
   std::shared_mutex mutex_;
 };
 
+// The same without readers: half the cost, for what is locked on a way that is counted in hundreds
+// of nanoseconds.
+class ABSL_LOCKABLE ExclusiveMutex {
+ public:
+  void lock() ABSL_EXCLUSIVE_LOCK_FUNCTION() { mutex_.lock(); }
+  void unlock() ABSL_UNLOCK_FUNCTION() { mutex_.unlock(); }
+
+ private:
+  std::mutex mutex_;
+};
+
+// Of either kind.
+template <typename M>
 class ABSL_SCOPED_LOCKABLE MutexLock {
  public:
-  explicit MutexLock(Mutex& mutex) ABSL_EXCLUSIVE_LOCK_FUNCTION(mutex) : mutex_(mutex) {
+  explicit MutexLock(M& mutex) ABSL_EXCLUSIVE_LOCK_FUNCTION(mutex) : mutex_(mutex) {
     mutex_.lock();
   }
   ~MutexLock() ABSL_UNLOCK_FUNCTION() { mutex_.unlock(); }
@@ -31,7 +45,7 @@ class ABSL_SCOPED_LOCKABLE MutexLock {
   MutexLock& operator=(const MutexLock&) = delete;
 
  private:
-  Mutex& mutex_;
+  M& mutex_;
 };
 
 class ABSL_SCOPED_LOCKABLE ReaderMutexLock {
@@ -47,7 +61,7 @@ class ABSL_SCOPED_LOCKABLE ReaderMutexLock {
   Mutex& mutex_;
 };
 
-// Waits with a Mutex held exclusively.
+// Waits with a mutex of either kind held exclusively.
 using ConditionVariable = std::condition_variable_any;
 
 }  // namespace mvgpu

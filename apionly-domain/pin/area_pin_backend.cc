@@ -9,14 +9,15 @@ namespace mvgpu::domain {
 
 AreaPinBackend::FileAreas& AreaPinBackend::EntryOf(const GuestFile& file) {
   if (last_used_ != nullptr && last_used_->identity == file.identity()) return *last_used_;
-  if (last_used_ != nullptr && last_used_->pinned_pages == 0) {
-    total_file_pages_ -= last_used_->file_pages;
-    files_.erase(FileIdentity(last_used_->identity));
+  auto known = files_.find(file.identity());
+  if (known == files_.end()) {
+    if (files_.size() >= kKeptFiles) {
+      absl::erase_if(files_, [](const auto& entry) { return entry.second->pinned_pages == 0; });
+    }
+    known = files_.emplace(file.identity(), std::make_unique<FileAreas>(file.identity())).first;
   }
-  std::unique_ptr<FileAreas>& entry = files_[file.identity()];
-  if (entry == nullptr) entry = std::make_unique<FileAreas>(file.identity());
-  last_used_ = entry.get();
-  return *entry;
+  last_used_ = known->second.get();
+  return *last_used_;
 }
 
 // Inline: after a system call the processor mispredicts the return of every frame around it.
@@ -42,9 +43,9 @@ AreaPinBackend::FileAreas& AreaPinBackend::EntryOf(const GuestFile& file) {
 
 Result<void> AreaPinBackend::pin(const GuestFile& file, PageRun pages) {
   FileAreas& entry = EntryOf(file);
-  if (entry.pinned_pages == 0) {  // it may have been another file with this inode before
-    total_file_pages_ += file.pages() - entry.file_pages;
+  if (entry.pinned_pages == 0) {
     entry.file_pages = file.pages();
+    total_file_pages_ += entry.file_pages;
   }
   for (uint64_t at = pages.first; at < pages.end();) {
     auto done = PinSome(file, entry, {at, pages.end() - at});
@@ -83,7 +84,9 @@ uint64_t AreaPinBackend::UnpinSome(const GuestFile& file, FileAreas& entry, Page
 }
 
 void AreaPinBackend::ForgetIfUnused(const GuestFile& file, FileAreas& entry) {
-  if (entry.pinned_pages != 0 || entry.areas.empty()) return;
+  if (entry.pinned_pages != 0) return;
+  total_file_pages_ -= entry.file_pages;
+  if (entry.areas.empty()) return;
   ReleaseRefused(file, entry.areas);
   for (auto area = entry.areas.begin(); area != entry.areas.end();)
     area = RemoveArea(entry.areas, area);

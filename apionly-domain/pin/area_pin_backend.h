@@ -75,13 +75,15 @@ class AreaPinBackend : public PinBackend {
   uint64_t UnpinSome(const GuestFile& file, FileAreas& entry, PageRun pages);
   void ForgetIfUnused(const GuestFile& file, FileAreas& entry);
 
-  // Those with pinned pages, and the last one that was used, which saves the look-up and spares a
-  // guest that pins and unpins one page the making of an entry.
+  static constexpr size_t kKeptFiles = 64;
+
+  // Those with pinned pages, and up to kKeptFiles that had some: a guest that pins and unpins one
+  // page, here and there, does not make an entry each time.
   absl::flat_hash_map<FileIdentity, std::unique_ptr<FileAreas>> files_;
-  FileAreas* last_used_ = nullptr;  // one of files_
+  FileAreas* last_used_ = nullptr;  // one of files_: the next question is often about the same
   uint64_t locked_pages_ = 0;
   uint64_t area_count_ = 0;
-  uint64_t total_file_pages_ = 0;  // sizes of those in files_
+  uint64_t total_file_pages_ = 0;  // sizes of those with pinned pages
 };
 
 }  // namespace mvgpu::domain

@@ -45,21 +45,18 @@ FilePages MappedFiles::at(const std::byte* host, uint64_t pages) const {
   return {file, {first, std::min(pages, file->pages() - first)}};
 }
 
-const MappedFiles::File& MappedFiles::FileAt(const std::byte* host) const {
-  if (last_ == nullptr || !last_->contains(host)) {
-    const auto next = files_.upper_bound(host);
-    MVGPU_CHECK(next != files_.begin());
-    last_ = &std::prev(next)->second;
-    MVGPU_CHECK(last_->contains(host));
-  }
+const MappedFiles::File& MappedFiles::FindFileAt(const std::byte* host) const {
+  const auto next = files_.upper_bound(host);
+  MVGPU_CHECK(next != files_.begin());
+  last_ = &std::prev(next)->second;
+  MVGPU_CHECK(last_->contains(host));
   return *last_;
 }
 
 std::vector<MappedFiles::View> MappedFiles::aliases(const FilePages& pages) const {
   std::vector<View> found;
-  const File& file = FileAt(pages.file->host_address(0));
-  if (file.mapped.total() == file.mapped.unique_pages()) return found;
-  for (const auto& [first, view] : file.views) {
+  if (!has_aliases(*pages.file)) return found;
+  for (const auto& [first, view] : FileAt(pages.file->host_address(0)).views) {
     const uint64_t start = std::max(view.file_page, pages.pages.first);
     const uint64_t end = std::min(view.file_page + view.iova.count, pages.pages.end());
     if (start >= end) continue;

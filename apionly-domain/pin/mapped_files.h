@@ -37,6 +37,11 @@ class MappedFiles {
     PageRun iova;
     uint64_t file_page;  // that iova.first shows
   };
+  // Whether any page of the file, and be it another one, is mapped twice.
+  bool has_aliases(const GuestFile& file) const {
+    const RunCounter& mapped = FileAt(file.host_address(0)).mapped;
+    return mapped.total() != mapped.unique_pages();
+  }
   // All views of the pages, cut down to them; empty when no page of the file is mapped twice.
   std::vector<View> aliases(const FilePages& pages) const;
 
@@ -49,7 +54,10 @@ class MappedFiles {
       return static_cast<uint64_t>(host - file->host_address(0)) < file->size();
     }
   };
-  const File& FileAt(const std::byte* host) const;
+  const File& FileAt(const std::byte* host) const {
+    return last_ != nullptr && last_->contains(host) ? *last_ : FindFileAt(host);
+  }
+  const File& FindFileAt(const std::byte* host) const;
 
   absl::btree_map<const std::byte*, File> files_;  // by host address
   // The file that was asked for last: the next question is nearly always about the same.

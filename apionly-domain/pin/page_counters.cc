@@ -11,92 +11,99 @@ namespace mvgpu::domain {
 
 namespace {
 
-// Zero pages of the kernel until they are written.
-void* MapArray(size_t size) {
-  void* array = mmap(nullptr, size, PROT_READ | PROT_WRITE,
-                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+// Zero pages of the kernel until they are written; at `place`, if that is not null, instead of what
+// was there.
+void* MapArray(size_t size, int protection, void* place = nullptr) {
+  const int fixed = place == nullptr ? 0 : MAP_FIXED;
+  void* array =
+      mmap(place, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
   MVGPU_CHECK(array != MAP_FAILED);  // out of address space
   return array;
 }
 
+constexpr int kReadWrite = PROT_READ | PROT_WRITE;
+
 }  // namespace
 
+PageCounters::PageCounters()
+    : near_words_(static_cast<uint64_t*>(MapArray(kNearBytes, PROT_READ))) {}
+
 PageCounters::~PageCounters() {
-  for (Chunk& chunk : near_) Free(&chunk);
-  for (auto& [index, chunk] : far_) Free(&chunk);
+  for (uint64_t i = 0; i < near_.size(); ++i) Free(i, &near_[i]);
+  for (auto& [index, chunk] : far_) Free(index, &chunk);
+  munmap(near_words_, kNearBytes);
 }
 
-void PageCounters::Free(Chunk* chunk) {
-  if (chunk->words != nullptr) munmap(std::exchange(chunk->words, nullptr), kWordBytes);
+void PageCounters::Free(uint64_t index, Chunk* chunk) {
+  uint64_t* words = std::exchange(chunk->words, nullptr);
+  if (words != nullptr && index < kNearChunks) {
+    MapArray(kWordBytes, PROT_READ, words);
+  } else if (words != nullptr) {
+    munmap(words, kWordBytes);
+  }
   if (chunk->bytes != nullptr) munmap(std::exchange(chunk->bytes, nullptr), kChunkPages);
 }
 
-template <typename Visit>
-uint64_t PageCounters::ForEachWord(PageRun run, Visit visit) {
+bool PageCounters::TryFlipOverChunks(PageRun run, uint64_t expected) {
+  const uint64_t cut = std::min(run.end(), (run.first | kChunkMask) + 1);
+  const PageRun head{run.first, cut - run.first};
+  auto* words = const_cast<uint64_t*>(Find(head.first));
+  if (words == nullptr || !TryFlip(words, head, expected)) return false;
+  if (cut == run.end() || TryFlipOverChunks({cut, run.end() - cut}, expected)) return true;
+  TryFlip(words, head, ~expected);  // back: what was 1 is 2, and what was 2 is 1
+  return false;
+}
+
+template <typename Wanted>
+bool PageCounters::AllWords(PageRun run, Wanted wanted) const {
   for (uint64_t page = run.first; page < run.end();) {
-    uint64_t* word = find(page);
-    if (word == nullptr) return page;
+    const uint64_t* word = Find(page);
+    if (word == nullptr) return false;
     const uint64_t chunk_end = std::min(run.end(), (page | kChunkMask) + 1);
     while (page < chunk_end) {
       const uint64_t in_word = page % kPagesPerWord;
       const uint64_t word_first = page - in_word;
-      if (!visit(*word, MaskOf(in_word, chunk_end - word_first))) return page;
+      if (!wanted(*word, MaskOf(in_word, chunk_end - word_first))) return false;
       ++word;
       page = word_first + kPagesPerWord;
     }
   }
-  return run.end();
-}
-
-bool PageCounters::TryFlip(PageRun run, uint64_t expected) {
-  const uint64_t last = run.end() - 1;
-  if (run.first >> kChunkShift != last >> kChunkShift) return TryFlipOverChunks(run, expected);
-  uint64_t* words = find(run.first);
-  if (words == nullptr) return false;
-  const uint64_t last_word = last / kPagesPerWord - run.first / kPagesPerWord;
-  uint64_t head = ~uint64_t{0} << ShiftOf(run.first);
-  const uint64_t tail = ~uint64_t{0} >> (62 - ShiftOf(last));
-  if (last_word == 0) {
-    head &= tail;
-    if (((words[0] ^ expected) & head) != 0) return false;
-    words[0] ^= head;
-    return true;
-  }
-  if ((((words[0] ^ expected) & head) | ((words[last_word] ^ expected) & tail)) != 0) return false;
-  for (uint64_t i = 1; i < last_word; ++i) {
-    if (words[i] != expected) return false;
-  }
-  words[0] ^= head;
-  std::fill(words + 1, words + last_word, ~expected);
-  words[last_word] ^= tail;
   return true;
 }
 
-bool PageCounters::TryFlipOverChunks(PageRun run, uint64_t expected) {
-  const uint64_t cut = (run.first | kChunkMask) + 1;
-  const PageRun head{run.first, cut - run.first};
-  if (!TryFlip(head, expected)) return false;
-  if (TryFlip({cut, run.end() - cut}, expected)) return true;
-  TryFlip(head, ~expected);  // back: what was 1 is 2, and what was 2 is 1
-  return false;
-}
-
 bool PageCounters::all_held(PageRun run) const {
-  return const_cast<PageCounters*>(this)->ForEachWord(run, [](uint64_t& word, uint64_t mask) {
+  return AllWords(run, [](uint64_t word, uint64_t mask) {
     return ((word | word >> 1) & kOnes & mask) == (kOnes & mask);
-  }) == run.end();
+  });
 }
 
 bool PageCounters::all_held_twice(PageRun run) const {
-  return const_cast<PageCounters*>(this)->ForEachWord(run, [](uint64_t& word, uint64_t mask) {
-    return (word & kTwos & mask) == (kTwos & mask);
-  }) == run.end();
+  return AllWords(
+      run, [](uint64_t word, uint64_t mask) { return (word & kTwos & mask) == (kTwos & mask); });
 }
 
 void PageCounters::add(PageRun run) {
   for (uint64_t page = run.first; page < run.end();) {
-    Chunk* chunk = GetChunk(page >> kChunkShift);
     const uint64_t end = std::min(run.end(), (page | kChunkMask) + 1);
+    AddInChunk(GetChunk(page >> kChunkShift), {page, end - page});
+    page = end;
+  }
+}
+
+// First pins and last releases come by here: where a word's pages all go from 0 to 1 or back, they
+// go together.
+void PageCounters::AddInChunk(Chunk* chunk, PageRun run) {
+  for (uint64_t page = run.first; page < run.end();) {
+    const uint64_t word_first = page - page % kPagesPerWord;
+    const uint64_t end = std::min(run.end(), word_first + kPagesPerWord);
+    const uint64_t mask = MaskOf(page - word_first, end - word_first);
+    uint64_t& word = chunk->words[(page & kChunkMask) / kPagesPerWord];
+    if ((word & mask) == 0) {
+      word |= kOnes & mask;
+      chunk->held += end - page;
+      held_pages_ += end - page;
+      page = end;
+    }
     for (; page < end; ++page) AddOne(chunk, page);
   }
 }
@@ -110,7 +117,8 @@ void PageCounters::AddOne(Chunk* chunk, uint64_t page) {
     ++chunk->held;
     ++held_pages_;
   } else if (count + 1 == kMore) {
-    if (chunk->bytes == nullptr) chunk->bytes = static_cast<uint8_t*>(MapArray(kChunkPages));
+    if (chunk->bytes == nullptr)
+      chunk->bytes = static_cast<uint8_t*>(MapArray(kChunkPages, kReadWrite));
     chunk->bytes[page & kChunkMask] = kMore;
   }
 }
@@ -125,18 +133,42 @@ void PageCounters::AddToMany(Chunk* chunk, uint64_t page) {
 }
 
 void PageCounters::remove(PageRun run, std::vector<PageRun>* freed) {
-  for (uint64_t page = run.first; page < run.end(); ++page) {
-    if (!RemoveOne(FindChunk(page >> kChunkShift), page)) continue;
-    if (!freed->empty() && freed->back().end() == page) {
-      ++freed->back().count;
+  for (uint64_t page = run.first; page < run.end();) {
+    const uint64_t end = std::min(run.end(), (page | kChunkMask) + 1);
+    Chunk* chunk = FindChunk(page >> kChunkShift);
+    MVGPU_CHECK(chunk != nullptr && chunk->words != nullptr);  // released more often than held
+    RemoveInChunk(chunk, {page, end - page}, freed);
+    page = end;
+  }
+}
+
+void PageCounters::RemoveInChunk(Chunk* chunk, PageRun run, std::vector<PageRun>* freed) {
+  const auto append = [freed](PageRun gone) {
+    if (!freed->empty() && freed->back().end() == gone.first) {
+      freed->back().count += gone.count;
     } else {
-      freed->push_back({page, 1});
+      freed->push_back(gone);
+    }
+  };
+  for (uint64_t page = run.first; page < run.end();) {
+    const uint64_t word_first = page - page % kPagesPerWord;
+    const uint64_t end = std::min(run.end(), word_first + kPagesPerWord);
+    const uint64_t mask = MaskOf(page - word_first, end - word_first);
+    uint64_t& word = chunk->words[(page & kChunkMask) / kPagesPerWord];
+    if ((word & mask) == (kOnes & mask)) {
+      word &= ~mask;
+      chunk->held -= end - page;
+      held_pages_ -= end - page;
+      append({page, end - page});
+      page = end;
+    }
+    for (; page < end; ++page) {
+      if (RemoveOne(chunk, page)) append({page, 1});
     }
   }
 }
 
 bool PageCounters::RemoveOne(Chunk* chunk, uint64_t page) {
-  MVGPU_CHECK(chunk->words != nullptr);
   uint64_t& word = chunk->words[(page & kChunkMask) / kPagesPerWord];
   const uint64_t count = word >> ShiftOf(page) & kMore;
   MVGPU_CHECK(count != 0);  // released more often than held
@@ -160,12 +192,11 @@ bool PageCounters::RemoveFromMany(Chunk* chunk, uint64_t page) {
 }
 
 uint64_t PageCounters::count(uint64_t page) const {
-  const uint64_t* word = find(page);
+  const uint64_t* word = Find(page);
   if (word == nullptr) return 0;
   const uint64_t count = *word >> ShiftOf(page) & kMore;
   if (count != kMore) return count;
-  const Chunk* chunk = const_cast<PageCounters*>(this)->FindChunk(page >> kChunkShift);
-  const uint8_t byte = chunk->bytes[page & kChunkMask];
+  const uint8_t byte = FindChunk(page >> kChunkShift)->bytes[page & kChunkMask];
   return byte <= kLargestByte ? byte : more_.at(page);
 }
 
@@ -174,35 +205,43 @@ bool PageCounters::any(PageRun run) const {
   for (const uint64_t index : HeldChunks(run)) {
     const uint64_t first = std::max(run.first, index << kChunkShift);
     const uint64_t end = std::min(run.end(), (index + 1) << kChunkShift);
-    const uint64_t stopped = const_cast<PageCounters*>(this)->ForEachWord(
-        {first, end - first}, [](uint64_t& word, uint64_t mask) { return (word & mask) == 0; });
-    if (stopped != end) return true;
+    const auto is_free = [](uint64_t word, uint64_t mask) { return (word & mask) == 0; };
+    if (!AllWords({first, end - first}, is_free)) return true;
   }
   return false;
 }
 
 void PageCounters::trim(PageRun run) {
   if (run.count < kChunkPages) return;
-  const auto free_if_idle = [run](uint64_t index, Chunk& chunk) {
+  const auto free_if_idle = [this, run](uint64_t index, Chunk& chunk) {
     const uint64_t first = index << kChunkShift;
     if (chunk.held != 0 || first < run.first || first + kChunkPages > run.end()) return false;
-    Free(&chunk);
+    Free(index, &chunk);
     return true;
   };
   for (uint64_t i = run.first >> kChunkShift; i < near_.size(); ++i) free_if_idle(i, near_[i]);
   absl::erase_if(far_, [&](auto& entry) { return free_if_idle(entry.first, entry.second); });
 }
 
-PageCounters::Chunk* PageCounters::FindFarChunk(uint64_t index) {
-  static Chunk none;
+const uint64_t* PageCounters::FindFar(uint64_t page) const {
+  const Chunk* chunk = FindChunk(page >> kChunkShift);
+  return chunk == nullptr ? nullptr : chunk->words + (page & kChunkMask) / kPagesPerWord;
+}
+
+const PageCounters::Chunk* PageCounters::FindChunk(uint64_t index) const {
+  if (index < kNearChunks) return index < near_.size() ? &near_[index] : nullptr;
   const auto it = far_.find(index);
-  return it == far_.end() ? &none : &it->second;
+  return it == far_.end() ? nullptr : &it->second;
 }
 
 PageCounters::Chunk* PageCounters::GetChunk(uint64_t index) {
-  if (index < kNearChunks && index >= near_.size()) near_.resize(index + 1);
-  Chunk& chunk = index < kNearChunks ? near_[index] : far_[index];
-  if (chunk.words == nullptr) chunk.words = static_cast<uint64_t*>(MapArray(kWordBytes));
+  const bool is_near = index < kNearChunks;
+  if (is_near && index >= near_.size()) near_.resize(index + 1);
+  Chunk& chunk = is_near ? near_[index] : far_[index];
+  if (chunk.words == nullptr) {
+    uint64_t* place = is_near ? near_words_ + index * (kChunkPages / kPagesPerWord) : nullptr;
+    chunk.words = static_cast<uint64_t*>(MapArray(kWordBytes, kReadWrite, place));
+  }
   return &chunk;
 }
 

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include <absl/container/flat_hash_map.h>
@@ -22,23 +23,29 @@ namespace mvgpu::domain {
 // 64 GiB of RAM, which the caches and TLBs of a processor hold, where 8-byte counters would be 128;
 // and neighbours are counted 32 at a time (tests/bench, "pin + release").
 //
-// Not thread-safe.
+// The 2 bits of all pages below 16 TiB are one array of 1 GiB of addresses: where a page is counted
+// is its number and a shift away, without a look at what is there. It has memory only where
+// something was held. The rest of it reads as zero, "not held", so a hit needs no other check, and
+// may not be written.
+//
+// Not thread-safe; Near::prefetch() may be called at any time.
 class PageCounters {
  public:
   static constexpr unsigned kChunkShift = 18;  // 1 GiB
   static constexpr uint64_t kChunkPages = uint64_t{1} << kChunkShift;
+  static constexpr uint64_t kNearPages = uint64_t{1} << 32;  // 16 TiB
 
-  PageCounters() = default;
+  PageCounters();
   ~PageCounters();
   PageCounters(const PageCounters&) = delete;
   PageCounters& operator=(const PageCounters&) = delete;
 
   // One more for every page of the run, if each is held exactly once; otherwise false, and nothing
   // is changed.
-  bool try_add(PageRun run) { return TryFlip(run, kOnes); }
+  bool try_add(PageRun run) { return TryFlipOverChunks(run, kOnes); }
   // One less for every page of the run, if each is held exactly twice; otherwise false, and nothing
   // is changed.
-  bool try_remove(PageRun run) { return TryFlip(run, kTwos); }
+  bool try_remove(PageRun run) { return TryFlipOverChunks(run, kTwos); }
 
   void add(PageRun run);
   // Appends the pages of the run that are held no longer, in runs. REQUIRES: all of them are held.
@@ -49,7 +56,7 @@ class PageCounters {
   bool all_held_twice(PageRun run) const;
   uint64_t count(uint64_t page) const;
   bool holds(uint64_t page) const {
-    const uint64_t* word = find(page);
+    const uint64_t* word = Find(page);
     return word != nullptr && (*word >> ShiftOf(page) & kMore) != 0;
   }
   // Calls visit(PageRun) for each stretch of held pages in the run, in order.
@@ -57,48 +64,47 @@ class PageCounters {
   void for_each_held(PageRun run, Visit visit) const;
   bool any(PageRun run) const;
 
-  // For loops over single pages: the word with a page's two bits; null where nothing was ever held.
-  uint64_t* find(uint64_t page) {
-    uint64_t* words = FindChunk(page >> kChunkShift)->words;
-    return words == nullptr ? nullptr : words + ((page & kChunkMask) / kPagesPerWord);
-  }
-  const uint64_t* find(uint64_t page) const { return const_cast<PageCounters*>(this)->find(page); }
-  // The same for pages below 16 TiB; null for others. Calls nothing.
-  uint64_t* find_near(uint64_t page) {
-    const uint64_t index = page >> kChunkShift;
-    if (index >= near_.size() || near_[index].words == nullptr) return nullptr;
-    return near_[index].words + ((page & kChunkMask) / kPagesPerWord);
-  }
-  // From 1 to 2, and from 2 to 1; false, and nothing is changed, when the count is another.
-  static bool TryAddOne(uint64_t* word, uint64_t page) {
-    const unsigned shift = ShiftOf(page);
-    if ((*word >> shift & kMore) != 1) return false;
-    *word ^= kMore << shift;
-    return true;
-  }
-  static bool TryRemoveOne(uint64_t* word, uint64_t page) {
-    const unsigned shift = ShiftOf(page);
-    if ((*word >> shift & kMore) != 2) return false;
-    *word ^= kMore << shift;
-    return true;
-  }
+  // The pages below kNearPages: a pointer that the compiler can keep in a register, and functions
+  // that call nothing. A page above stands for another one: prefetch() does no harm then, the rest
+  // must not be asked.
+  class Near {
+   public:
+    explicit Near(const PageCounters& counters) : words_(counters.near_words_) {}
+    static constexpr bool has(PageRun run) { return run.end() <= kNearPages; }
+    void prefetch(uint64_t page) const { __builtin_prefetch(word_of(page), /*rw=*/1); }
+    bool try_add(PageRun run) const { return TryFlip(word_of(run.first), run, kOnes); }
+    bool try_remove(PageRun run) const { return TryFlip(word_of(run.first), run, kTwos); }
+    // For loops over single pages: the word with a page's two bits.
+    uint64_t* word_of(uint64_t page) const { return words_ + page % kNearPages / kPagesPerWord; }
+    // From 1 to 2, and from 2 to 1; false, and nothing is changed, when the count is another.
+    static bool TryAddOne(uint64_t* word, uint64_t page) { return TryFlipOne(word, page, kOnes); }
+    static bool TryRemoveOne(uint64_t* word, uint64_t page) {
+      return TryFlipOne(word, page, kTwos);
+    }
+
+   private:
+    uint64_t* words_;
+  };
 
   uint64_t held_pages() const { return held_pages_; }
   // Gives back arrays that lie wholly in the run and count nothing.
   void trim(PageRun run);
 
  private:
+  friend class PageCountersPeer;  // of the tests
+
   static constexpr uint64_t kChunkMask = kChunkPages - 1;
-  static constexpr uint64_t kNearChunks = uint64_t{1} << 14;
+  static constexpr uint64_t kNearChunks = kNearPages / kChunkPages;
   static constexpr uint64_t kPagesPerWord = 32;
   static constexpr uint64_t kOnes = 0x5555'5555'5555'5555;  // every page of a word held once
   static constexpr uint64_t kTwos = kOnes << 1;
   static constexpr uint64_t kMore = 3;          // the count is in the byte,
   static constexpr uint8_t kLargestByte = 254;  // or, when that is 255, in more_
   static constexpr size_t kWordBytes = kChunkPages / kPagesPerWord * sizeof(uint64_t);
+  static constexpr size_t kNearBytes = kNearPages / kPagesPerWord * sizeof(uint64_t);
 
-  struct alignas(32) Chunk {
-    uint64_t* words = nullptr;  // 2 bits per page: the kernel's zero pages until they are written
+  struct Chunk {
+    uint64_t* words = nullptr;  // 2 bits per page, writable; null where nothing was ever held
     uint8_t* bytes = nullptr;   // one per page, valid where the 2 bits are kMore
     uint64_t held = 0;          // pages
   };
@@ -111,40 +117,75 @@ class PageCounters {
     const uint64_t below_end = end >= kPagesPerWord ? ~uint64_t{0} : (uint64_t{1} << end * 2) - 1;
     return below_end & ~uint64_t{0} << first * 2;
   }
+  // Null for a page above kNearPages where nothing was ever held.
+  const uint64_t* Find(uint64_t page) const {
+    if (page < kNearPages) [[likely]] {
+      return near_words_ + page / kPagesPerWord;
+    }
+    return FindFar(page);
+  }
+  const uint64_t* FindFar(uint64_t page) const;
   template <typename Visit>
   void ForEachHeldInChunk(PageRun run, PageRun* stretch, Visit& visit) const;
-  // Turns 1 into 2 and 2 into 1 for every page, if all are as `expected` says.
-  bool TryFlip(PageRun run, uint64_t expected);
-  bool TryFlipOverChunks(PageRun run, uint64_t expected);
-  // Calls visit(uint64_t& word, mask of the run's pages) for each word of the run, until it says
-  // false; returns the page where, or run.end(). Stops where there is no word.
-  template <typename Visit>
-  uint64_t ForEachWord(PageRun run, Visit visit);
-
-  // An empty one where there is none. The pointer holds until the next chunk is made.
-  Chunk* FindChunk(uint64_t index) {
-    if (index < near_.size()) [[likely]] {
-      return &near_[index];
-    }
-    return FindFarChunk(index);
+  // Turns 1 into 2 and 2 into 1, if the count is as `expected` says.
+  static bool TryFlipOne(uint64_t* word, uint64_t page, uint64_t expected) {
+    const uint64_t bits = kMore << ShiftOf(page);
+    if (((*word ^ expected) & bits) != 0) return false;
+    *word ^= bits;
+    return true;
   }
-  Chunk* FindFarChunk(uint64_t index);
+  // The same for every page, if all are as `expected` says. REQUIRES: `words` begins with the word
+  // of run.first.
+  static bool TryFlip(uint64_t* words, PageRun run, uint64_t expected);
+  bool TryFlipOverChunks(PageRun run, uint64_t expected);
+  // Whether wanted(word, mask of the run's pages) says so for each word of the run.
+  template <typename Wanted>
+  bool AllWords(PageRun run, Wanted wanted) const;
+
+  // Null where there is none.
+  Chunk* FindChunk(uint64_t index) {
+    return const_cast<Chunk*>(std::as_const(*this).FindChunk(index));
+  }
+  const Chunk* FindChunk(uint64_t index) const;
   Chunk* GetChunk(uint64_t index);
+  void AddInChunk(Chunk* chunk, PageRun run);
+  void RemoveInChunk(Chunk* chunk, PageRun run, std::vector<PageRun>* freed);
   void AddOne(Chunk* chunk, uint64_t page);
   // True when the page is held no longer.
   bool RemoveOne(Chunk* chunk, uint64_t page);
   // One more or less for a page that is held 3 times or more. True when it is held twice then.
   void AddToMany(Chunk* chunk, uint64_t page);
   bool RemoveFromMany(Chunk* chunk, uint64_t page);
-  static void Free(Chunk* chunk);
+  void Free(uint64_t index, Chunk* chunk);
   // The chunks with held pages that the run touches, in order.
   std::vector<uint64_t> HeldChunks(PageRun run) const;
 
+  uint64_t* const near_words_;                // of kNearPages; writable where a chunk has words
   std::vector<Chunk> near_;                   // by chunk; as long as the highest one in use needs
   absl::flat_hash_map<uint64_t, Chunk> far_;  // chunks from kNearChunks on
   absl::flat_hash_map<uint64_t, uint64_t> more_;  // counts above kLargestByte, by page
   uint64_t held_pages_ = 0;
 };
+
+inline bool PageCounters::TryFlip(uint64_t* words, PageRun run, uint64_t expected) {
+  const uint64_t last_page = run.first % kPagesPerWord + run.count - 1;  // from words[0] on
+  const uint64_t last = last_page / kPagesPerWord;
+  uint64_t head = ~uint64_t{0} << ShiftOf(run.first);
+  const uint64_t tail = ~uint64_t{0} >> (62 - ShiftOf(last_page));
+  if (last == 0) {
+    head &= tail;
+    if (((words[0] ^ expected) & head) != 0) return false;
+    words[0] ^= head;
+    return true;
+  }
+  uint64_t other = ((words[0] ^ expected) & head) | ((words[last] ^ expected) & tail);
+  for (uint64_t i = 1; i < last; ++i) other |= words[i] ^ expected;
+  if (other != 0) return false;
+  words[0] ^= head;
+  for (uint64_t i = 1; i < last; ++i) words[i] = ~words[i];
+  words[last] ^= tail;
+  return true;
+}
 
 template <typename Visit>
 void PageCounters::for_each_held(PageRun run, Visit visit) const {
@@ -166,7 +207,7 @@ void PageCounters::for_each_held(PageRun run, Visit visit) const {
 // `*stretch` goes on from chunk to chunk.
 template <typename Visit>
 void PageCounters::ForEachHeldInChunk(PageRun run, PageRun* stretch, Visit& visit) const {
-  const uint64_t* word = find(run.first);
+  const uint64_t* word = Find(run.first);
   if (word == nullptr) return;
   for (uint64_t page = run.first; page < run.end(); ++word) {
     const uint64_t in_word = page % kPagesPerWord;

@@ -72,7 +72,7 @@ class alignas(64) PinContext {
   // Since the context was made, and now. Sums over pages: a page pinned twice counts twice.
   struct Figures {
     uint64_t pin_calls = 0;     // ranges, batches, and single pages of a batch that were misses
-    uint64_t pages_pinned = 0;  // by them
+    uint64_t pages_pinned = 0;  // by them; neither counts what was refused half-way
     uint64_t pinned_pages = 0;  // now
   };
   static constexpr size_t kBatch = 64;
@@ -88,18 +88,35 @@ class alignas(64) PinContext {
     figures_.pages_pinned += pages;
     figures_.pinned_pages += pages;
   }
-  // The whole pin of a range if that is a hit; otherwise false, and nothing is pinned.
-  bool TryPin(IovaRange pages, Access access, PinCounts::Form form, PinnedRuns* runs);
-  // For one page; false, and nothing is changed, when it is a miss.
+  // Takes calls out of the figures that succeeded before one of the same batch was refused.
+  void ForgetPins(uint64_t calls, uint64_t pages);
+  // So that a hit does not wait for its counter with the lock held: a locked instruction holds up
+  // every load behind it.
+  void PrefetchCounter(uint64_t page, bool for_write) const ABSL_NO_THREAD_SAFETY_ANALYSIS {
+    PageCounters::Near(counts_[for_write ? 1 : 0].dense()).prefetch(page);
+  }
+  // Hits that one look decides, see pin_context.cc. False, and nothing is changed, when it may be a
+  // miss or takes more than that.
+  bool TryPin(IovaRange pages, Access access, PinnedRange* pinned);
+  bool TryReleaseRun(PageRun run, bool for_write, PinCounts::Form form);
   bool TryPinPage(Iova page, Access access, std::byte** host);
   bool TryUnpinPage(Iova page, Access access);
+  // Everything else.
+  [[gnu::noinline]] void PinSlowly(IovaRange pages, Access access, Result<PinnedRange>* pinned);
+  [[gnu::noinline]] void ReleaseSlowly(PageRun run, bool for_write, PinCounts::Form form);
+  [[gnu::noinline]] Result<void> PinBatches(std::span<const Iova> pages, Access access,
+                                            std::span<std::byte*> host);
+  [[gnu::noinline]] Result<void> UnpinBatches(std::span<const Iova> pages, Access access);
+  // The whole pin of a range if that is a hit, however often its pages are held and in how many
+  // pieces; otherwise false, and nothing is pinned.
+  bool TryPinPieces(IovaRange pages, Access access, PinCounts::Form form, PinnedRuns* runs);
   // For at most kBatch pages. Bit i of *misses: pages[i] was no hit and is still to be done.
   Result<void> PinHits(std::span<const Iova> pages, Access access, std::span<std::byte*> host,
                        uint64_t* misses);
   Result<void> UnpinHits(std::span<const Iova> pages, Access access, uint64_t* misses);
-  // All of at most kBatch pages, or none.
-  Result<void> PinBatch(std::span<const Iova> pages, Access access, std::span<std::byte*> host);
-  void release(std::span<const PinnedRun> runs, bool for_write, PinCounts::Form form);
+  // All of at most kBatch pages, or none. Adds to *calls by how much Figures::pin_calls grew.
+  Result<void> PinBatch(std::span<const Iova> pages, Access access, std::span<std::byte*> host,
+                        uint64_t* calls);
   void ReleaseRun(PageRun run, bool for_write, PinCounts::Form form);
 
   ApiOnlyDomain& domain_;  // outlives its contexts: checked in its destructor

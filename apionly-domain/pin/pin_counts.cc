@@ -22,7 +22,8 @@ void PinCounts::remove(PageRun run, Form form, std::vector<PageRun>* freed) {
   for (const PageRun& part : gone) append_unheld(part, freed);
 }
 
-bool PinCounts::TryAddSlowly(PageRun run, Form form) {
+bool PinCounts::try_add(PageRun run, Form form) {
+  if (form == Form::kDense && dense_.try_add(run)) return true;
   if (!dense_.all_held(run)) {
     if (runs_.empty()) return false;
     std::vector<PageRun> unheld;
@@ -33,7 +34,8 @@ bool PinCounts::TryAddSlowly(PageRun run, Form form) {
   return true;
 }
 
-bool PinCounts::TryRemoveSlowly(PageRun run, Form form) {
+bool PinCounts::try_remove(PageRun run, Form form) {
+  if (form == Form::kDense && dense_.try_remove(run)) return true;
   if (form == Form::kDense && runs_.empty() && !dense_.all_held_twice(run)) return false;
   std::vector<PageRun> freed;
   remove(run, form, &freed);

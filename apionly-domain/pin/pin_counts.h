@@ -10,7 +10,7 @@
 namespace mvgpu::domain {
 
 // What one context holds for one kind of access, by IOVA page: up to kLargestDense pages at a time
-// in counters of a byte per page, anything larger as runs, so that a pin of all RAM costs one
+// in counters of 2 bits per page, anything larger as runs, so that a pin of all RAM costs one
 // entry. A page is held when either of them counts it.
 //
 // The try_ functions change counts only where that changes nothing about which pages are held:
@@ -26,20 +26,10 @@ class PinCounts {
   }
 
   // False, and nothing is changed, when some page of the run is not held yet.
-  bool try_add(PageRun run, Form form) {
-    if (form == Form::kDense && dense_.try_add(run)) [[likely]] {
-      return true;
-    }
-    return TryAddSlowly(run, form);
-  }
+  bool try_add(PageRun run, Form form);
   // False, and nothing is changed, when some page of the run would be held no longer.
   // REQUIRES: the run was added in this form.
-  bool try_remove(PageRun run, Form form) {
-    if (form == Form::kDense && dense_.try_remove(run)) [[likely]] {
-      return true;
-    }
-    return TryRemoveSlowly(run, form);
-  }
+  bool try_remove(PageRun run, Form form);
 
   void add(PageRun run, Form form);
   // Appends the pages that are held no longer. REQUIRES: the run was added in this form.
@@ -56,13 +46,11 @@ class PinCounts {
 
   bool empty() const { return dense_.held_pages() == 0 && runs_.empty(); }
   PageCounters& dense() { return dense_; }
+  const PageCounters& dense() const { return dense_; }
   // Gives back counters of pages in the run, where nothing is held.
   void trim(PageRun run) { dense_.trim(run); }
 
  private:
-  bool TryAddSlowly(PageRun run, Form form);
-  bool TryRemoveSlowly(PageRun run, Form form);
-
   PageCounters dense_;
   RunCounter runs_;
 };

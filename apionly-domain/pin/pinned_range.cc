@@ -7,6 +7,18 @@
 
 namespace mvgpu::domain {
 
+void PinnedRuns::push_back(const PinnedRun& run) {
+  if (empty()) {
+    one_ = run;
+    return;
+  }
+  if (many_ == nullptr) {
+    many_ = std::make_unique<std::vector<PinnedRun>>();
+    many_->push_back(*std::exchange(one_, std::nullopt));
+  }
+  many_->push_back(run);
+}
+
 PinnedRange& PinnedRange::operator=(PinnedRange&& other) noexcept {
   if (this == &other) return *this;
   reset();
@@ -36,10 +48,8 @@ PinnedRange PinnedRange::split_off(Iova at) {
   return tail;
 }
 
-void PinnedRange::reset() {
-  if (runs_.empty()) return;
-  context_->release(runs(), for_write_, form_);
-  runs_.clear();
+void PinnedRange::Release() {
+  for (const PinnedRun& run : runs()) context_->ReleaseRun(run.iova_pages(), for_write_, form_);
 }
 
 }  // namespace mvgpu::domain

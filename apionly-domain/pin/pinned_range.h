@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 #include <utility>
@@ -29,24 +30,22 @@ struct PinnedRun {
 // The runs of one pin. Most pins are one run: those need no memory of their own.
 class PinnedRuns {
  public:
-  void push_back(const PinnedRun& run) {
-    if (!one_ && many_.empty()) {
-      one_ = run;
-      return;
-    }
-    if (one_) many_.push_back(*std::exchange(one_, std::nullopt));
-    many_.push_back(run);
+  void push_back(const PinnedRun& run);
+  // The same for the first run. REQUIRES: empty().
+  void set_one(IovaRange iova, std::byte* host) { one_.emplace(PinnedRun{iova, host}); }
+  std::span<const PinnedRun> span() const {
+    if (one_) return {&*one_, 1};
+    return many_ == nullptr ? std::span<const PinnedRun>() : std::span<const PinnedRun>(*many_);
   }
-  std::span<const PinnedRun> span() const { return one_ ? std::span(&*one_, 1) : std::span(many_); }
-  bool empty() const { return !one_ && many_.empty(); }
+  bool empty() const { return !one_ && many_ == nullptr; }
   void clear() {
     one_.reset();
-    many_.clear();
+    many_.reset();
   }
 
  private:
   std::optional<PinnedRun> one_;
-  std::vector<PinnedRun> many_;  // empty when one_ is set
+  std::unique_ptr<std::vector<PinnedRun>> many_;  // two at least; null when one_ is set
 };
 
 // A hold on guest pages: while it lives, the pages stay pinned and charged, and their mappings
@@ -64,7 +63,7 @@ class PinnedRange {
   PinnedRange(const PinnedRange&) = delete;
   PinnedRange& operator=(const PinnedRange&) = delete;
   ~PinnedRange() {
-    if (!runs_.empty()) reset();
+    if (!runs_.empty()) Release();
   }
 
   // In ascending IOVA order, page-aligned; neighbours do not continue each other in host memory.
@@ -74,12 +73,17 @@ class PinnedRange {
   // Takes the part from `at` on out of this range. REQUIRES: `at` is page-aligned.
   PinnedRange split_off(Iova at);
   // Releases everything.
-  void reset();
+  void reset() {
+    if (!runs_.empty()) Release();
+    runs_.clear();
+  }
 
  private:
   friend class PinContext;
   PinnedRange(PinContext* context, bool for_write, PinCounts::Form form)
       : context_(context), for_write_(for_write), form_(form) {}
+  // Leaves the runs where they are.
+  void Release();
 
   PinContext* context_ = nullptr;  // outlives all pins: checked in its destructor
   bool for_write_ = false;

@@ -110,13 +110,25 @@ void PageDirectory::UpdateWord(std::atomic<uint64_t>& slot, unsigned shift, uint
   if (table->used == 0) {
     slot.store(0, std::memory_order_release);
     retired_.emplace_back(table);
-    tables_.fetch_sub(1, std::memory_order_relaxed);
   }
 }
 
+void PageDirectory::recycle(RetiredTables tables) {
+  for (auto& table : tables) {
+    if (spare_.size() == kMaxSpare) return;
+    spare_.push_back(std::move(table));  // its last word was set to 0 before it was retired
+  }
+}
+
+PageDirectory::Table* PageDirectory::TakeTable() {
+  if (spare_.empty()) return new Table;
+  Table* table = spare_.back().release();
+  spare_.pop_back();
+  return table;
+}
+
 PageDirectory::Table* PageDirectory::Expand(uint64_t word, unsigned shift) {
-  auto* table = new Table;
-  tables_.fetch_add(1, std::memory_order_relaxed);
+  Table* table = TakeTable();
   if (word == 0) return table;
   const uint64_t step = uint64_t{1} << (shift - kTableShift);
   for (uint64_t i = 0; i <= kTableMask; ++i) {

@@ -67,13 +67,37 @@ class PageDirectory {
   }
 
   Found find(Iova iova) const { return FindIn(ChunkWord(iova.value() >> kChunkShift), iova); }
-  // The same for IOVAs below 16 TiB; for others nothing is found. Calls nothing, so that a loop
-  // over it keeps what it needs in registers.
-  Found find_near(Iova iova) const {
-    const uint64_t chunk = iova.value() >> kChunkShift;
-    return chunk < kNearChunks ? FindIn(near_[chunk].load(std::memory_order_seq_cst), iova)
-                               : Found{};
-  }
+  // The IOVAs below 16 TiB, for loops: it is a pointer that the compiler can keep in a register,
+  // and looks a word up with one test of everything that may be wrong with it.
+  class Near {
+   public:
+    explicit Near(const PageDirectory& directory) : words_(directory.near_.get()) {}
+    // The host address, if the access is allowed and the memory is not about to go. False for IOVAs
+    // from 16 TiB on.
+    [[gnu::always_inline]] bool find(Iova iova, uint64_t wanted, std::byte** host) const {
+      const uint64_t chunk = iova.value() >> kChunkShift;
+      if (chunk >= kNearChunks) return false;
+      const uint64_t word = words_[chunk].load(std::memory_order_seq_cst);
+      if (((word ^ wanted) & (wanted | kGoing | kTable)) == 0) [[likely]] {
+        *host = HostOf(word) + (iova.value() & kChunkMask);
+        return true;
+      }
+      const Found found = FindIn(word, iova);
+      *host = found.host;
+      return IsUsable(found.flags, wanted);
+    }
+    // The same for all of a range. False also where that would take more than one word.
+    [[gnu::always_inline]] bool find(IovaRange range, uint64_t wanted, std::byte** host) const {
+      const uint64_t chunk = range.start().value() >> kChunkShift;
+      if (range.last().value() >> kChunkShift != chunk || chunk >= kNearChunks) return false;
+      const uint64_t word = words_[chunk].load(std::memory_order_seq_cst);
+      *host = HostOf(word) + (range.start().value() & kChunkMask);
+      return ((word ^ wanted) & (wanted | kGoing | kTable)) == 0;
+    }
+
+   private:
+    const std::atomic<uint64_t>* words_;
+  };
 
   // Whether a word's flags allow an access, and the memory is not about to go.
   static constexpr bool IsUsable(uint64_t flags, uint64_t wanted) {
@@ -120,13 +144,15 @@ class PageDirectory {
   using RetiredTables = std::vector<std::unique_ptr<Table, TableDeleter>>;
   // Tables that no new reader can reach.
   RetiredTables take_retired() { return std::exchange(retired_, {}); }
-
-  uint64_t tables() const { return tables_.load(std::memory_order_relaxed); }
+  // Takes such tables back once no reader is left in them. A few are kept for the next mapping, so
+  // that one that comes and goes does not make a table each time.
+  void recycle(RetiredTables tables);
 
   static constexpr unsigned kTableShift = 9;
   static constexpr uint64_t kTableMask = (uint64_t{1} << kTableShift) - 1;
   static constexpr unsigned kGranuleShift = kPageShift + kTableShift;
   static constexpr unsigned kChunkShift = kGranuleShift + kTableShift;
+  static constexpr uint64_t kChunkMask = (uint64_t{1} << kChunkShift) - 1;
   // 16 TiB: more than the RAM of a VM. IOVAs above work too, under a reader lock.
   static constexpr uint64_t kNearChunks = uint64_t{1} << 14;
 
@@ -139,6 +165,7 @@ class PageDirectory {
   static constexpr uint64_t kTable = 8;
   static constexpr uint64_t kFlags = 63;  // tables are aligned to more than that, runs to a page
   static constexpr size_t kGenerations = 256;
+  static constexpr size_t kMaxSpare = 4;
 
   static std::byte* HostOf(uint64_t word) { return reinterpret_cast<std::byte*>(word & ~kFlags); }
   static const Table* TableOf(uint64_t word) {
@@ -173,6 +200,8 @@ class PageDirectory {
   template <typename Change>
   void UpdateWord(std::atomic<uint64_t>& slot, unsigned shift, uint64_t start, IovaRange range,
                   const Change& change);
+  // A table without words that are used.
+  Table* TakeTable();
   // A table that says what the run word says.
   Table* Expand(uint64_t word, unsigned shift);
 
@@ -185,8 +214,8 @@ class PageDirectory {
   absl::flat_hash_map<uint64_t, std::unique_ptr<std::atomic<uint64_t>>> far_
       ABSL_GUARDED_BY(far_mutex_);
   std::array<std::atomic<uint64_t>, kGenerations> generations_{};
-  RetiredTables retired_;            // writer's
-  std::atomic<uint64_t> tables_{0};  // relaxed: a figure for reports
+  RetiredTables retired_;  // writer's
+  RetiredTables spare_;    // writer's; kMaxSpare at most
 };
 
 }  // namespace mvgpu::domain

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <string>
+#include <vector>
 
 #include "tests/apionly-domain/huge_pages.h"
 #include "tests/fakes/guest_ram.h"
@@ -72,6 +73,43 @@ TEST_F(MlockPinBackendTest, LonePagesOfALargeFileAreLockedExactly) {
   backend_->unpin(*file, {file->pages() - 1, 1});
   ExpectLocked(0);
   EXPECT_EQ(backend_->areas(), 0u);
+}
+
+TEST_F(MlockPinBackendTest, ManyFilesMayComeAndGoWhileOthersStayPinned) {
+  struct Pinned {
+    GuestRam ram{4 * kPageSize};
+    std::unique_ptr<GuestFile> file;
+  };
+  std::vector<Pinned> some(200);  // more than the back end keeps in mind without pins
+  for (Pinned& one : some) one.file = Open(one.ram);
+  for (int round = 0; round < 2; ++round) {
+    for (size_t i = 0; i < some.size(); ++i) {
+      ASSERT_THAT(backend_->pin(*some[i].file, {1, 2}), IsOk());
+      if (i % 3 != 0) backend_->unpin(*some[i].file, {1, 2});
+    }
+    ExpectLocked(67 * 2);
+    for (size_t i = 0; i < some.size(); i += 3) backend_->unpin(*some[i].file, {1, 2});
+    ExpectLocked(0);
+  }
+  EXPECT_EQ(backend_->areas(), 0u);
+}
+
+// The sizes of files in which nothing is pinned make no granule coarser.
+TEST_F(MlockPinBackendTest, OnlyFilesWithPinsCountForTheGranule) {
+  UseBudget(16);
+  GuestRam large(16ull << 30);
+  GuestRam small(16ull << 20);
+  auto large_file = Open(large);
+  auto small_file = Open(small);
+  for (uint64_t i = 0; i < 10; ++i) ASSERT_THAT(backend_->pin(*small_file, {256 * i, 1}), IsOk());
+  ASSERT_EQ(backend_->areas(), 10u) << "so many that sizes matter";
+  const uint32_t alone = backend_->granule_pages(*small_file);
+  ASSERT_THAT(backend_->pin(*large_file, {0, 1}), IsOk());
+  backend_->unpin(*large_file, {0, 1});
+  ASSERT_EQ(backend_->areas(), 10u);
+  EXPECT_EQ(backend_->granule_pages(*small_file), alone);
+  for (uint64_t i = 0; i < 10; ++i) backend_->unpin(*small_file, {256 * i, 1});
+  ExpectLocked(0);
 }
 
 TEST_F(MlockPinBackendTest, NeighboursAreOneAreaAndItIsCutExactly) {

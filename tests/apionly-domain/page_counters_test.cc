@@ -2,10 +2,22 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
 
+#include <algorithm>
+#include <random>
 #include <vector>
 
 namespace mvgpu::domain {
+
+class PageCountersPeer {
+ public:
+  static bool HasArray(const PageCounters& counters, uint64_t page) {
+    const auto* chunk = counters.FindChunk(page >> PageCounters::kChunkShift);
+    return chunk != nullptr && chunk->words != nullptr;
+  }
+};
+
 namespace {
 
 using ::testing::ElementsAre;
@@ -164,14 +176,89 @@ TEST_F(PageCountersTest, TrimGivesBackIdleArraysOnly) {
   Remove({0, 1});
   Remove({kFarPage, 1});
   counters_.trim({0, kLastPage + 1});
-  EXPECT_EQ(counters_.find(0), nullptr);
-  EXPECT_EQ(counters_.find(kFarPage), nullptr);
+  EXPECT_FALSE(PageCountersPeer::HasArray(counters_, 0));
+  EXPECT_FALSE(PageCountersPeer::HasArray(counters_, kFarPage));
   EXPECT_EQ(counters_.count(chunk), 1u);
   Remove({chunk, 1});
   counters_.trim({chunk + 1, chunk});  // not the whole array
-  EXPECT_NE(counters_.find(chunk), nullptr);
+  EXPECT_TRUE(PageCountersPeer::HasArray(counters_, chunk));
+  EXPECT_FALSE(counters_.try_add({0, 1})) << "what was given back reads as not held";
+  EXPECT_FALSE(counters_.holds(0));
   counters_.add({0, 1});
   EXPECT_EQ(counters_.count(0), 1u) << "an array that was given back can come again";
+}
+
+TEST_F(PageCountersTest, ARefusalOverTheEdgeOfAnArrayChangesNothing) {
+  for (const uint64_t edge : {PageCounters::kChunkPages, PageCounters::kNearPages}) {
+    SCOPED_TRACE(edge);
+    counters_.add({edge - 3, 5});
+    EXPECT_FALSE(counters_.try_add({edge - 3, 6}));
+    EXPECT_EQ(counters_.count(edge - 3), 1u);
+    EXPECT_TRUE(counters_.try_add({edge - 3, 5}));
+    EXPECT_FALSE(counters_.try_remove({edge - 3, 6}));
+    EXPECT_EQ(counters_.count(edge - 3), 2u);
+  }
+}
+
+TEST_F(PageCountersTest, TrimGivesTheMemoryBack) {
+  counters_.add({0, 1});
+  void* const memory = PageCounters::Near(counters_).word_of(0);
+  unsigned char is_there = 0;
+  ASSERT_EQ(mincore(memory, kPageSize, &is_there), 0);
+  EXPECT_EQ(is_there & 1, 1);
+  Remove({0, 1});
+  counters_.trim({0, PageCounters::kChunkPages});
+  ASSERT_EQ(mincore(memory, kPageSize, &is_there), 0);
+  EXPECT_EQ(is_there & 1, 0);
+}
+
+TEST_F(PageCountersTest, WhereNothingWasEverHeldNothingIsAHit) {
+  const PageCounters::Near near(counters_);
+  for (const uint64_t page :
+       {uint64_t{0}, 5 * PageCounters::kChunkPages, PageCounters::kNearPages - 1}) {
+    EXPECT_FALSE(near.try_add({page, 1}));
+    EXPECT_FALSE(near.try_remove({page, 1}));
+    EXPECT_FALSE(PageCounters::Near::TryAddOne(near.word_of(page), page));
+    EXPECT_EQ(counters_.count(page), 0u);
+  }
+  EXPECT_FALSE(near.try_add({PageCounters::kChunkPages - 40, 80})) << "over the edge of an array";
+  near.prefetch(kLastPage);  // no page of its own, and no harm
+}
+
+// Words whose pages are held 0, 1, 2 and more times, side by side, over the edge of an array.
+TEST_F(PageCountersTest, RandomRunsAgreeWithANaiveCount) {
+  constexpr uint64_t kFirst = PageCounters::kChunkPages - 100;
+  constexpr uint64_t kPages = 200;
+  std::vector<uint64_t> naive(kPages);
+  std::vector<PageRun> added;
+  std::mt19937_64 random(1);
+  for (int step = 0; step < 4000; ++step) {
+    if (added.empty() || (random() % 2 == 0 && added.size() < 12)) {
+      const uint64_t at = random() % kPages;
+      const PageRun run{kFirst + at, 1 + random() % (kPages - at)};
+      counters_.add(run);
+      for (uint64_t i = 0; i < run.count; ++i) ++naive[at + i];
+      added.push_back(run);
+    } else {
+      std::swap(added[random() % added.size()], added.back());
+      const PageRun run = added.back();
+      added.pop_back();
+      std::vector<bool> expected(kPages);
+      for (uint64_t i = run.first - kFirst; i < run.end() - kFirst; ++i) {
+        expected[i] = --naive[i] == 0;
+      }
+      std::vector<bool> freed(kPages);
+      for (const PageRun& part : Remove(run)) {
+        for (uint64_t page = part.first; page < part.end(); ++page) freed[page - kFirst] = true;
+      }
+      ASSERT_EQ(freed, expected) << "step " << step;
+    }
+    for (uint64_t i = 0; i < kPages; ++i) {
+      ASSERT_EQ(counters_.count(kFirst + i), naive[i]) << "step " << step << " page " << i;
+    }
+    const auto held = kPages - static_cast<uint64_t>(std::count(naive.begin(), naive.end(), 0));
+    ASSERT_EQ(counters_.held_pages(), held);
+  }
 }
 
 TEST_F(PageCountersTest, ReleasingWhatIsNotHeldIsABug) {

@@ -30,6 +30,8 @@ class PageDirectoryTest : public ::testing::Test {
     const auto found = directory_.find(Iova(iova));
     return found.flags == 0 ? nullptr : found.host;
   }
+  // What one word tells, from an IOVA on.
+  uint64_t LeftAt(uint64_t iova) const { return directory_.find(Iova(iova)).left; }
   std::optional<PageDirectory::Stop> Walk(uint64_t iova, uint64_t size,
                                           uint64_t wanted = PageDirectory::kRead) {
     extents_.clear();
@@ -68,17 +70,18 @@ TEST_F(PageDirectoryTest, TranslatesAtEveryLevelUpToTheEdges) {
     Unmap(place.iova, place.size);
     EXPECT_EQ(HostOf(place.iova), nullptr);
     EXPECT_EQ(HostOf(last), nullptr);
-    EXPECT_EQ(directory_.tables(), 0u);
   }
 }
 
 TEST_F(PageDirectoryTest, WhatIsWholeCostsNoTable) {
   Map(0, 3 * kChunk, kBase);
-  EXPECT_EQ(directory_.tables(), 0u);
+  EXPECT_EQ(LeftAt(2 * kChunk), kChunk) << "one word for the chunk";
   Map(4 * kChunk, 8 * kGranule, kBase + 4 * kChunk);
-  EXPECT_EQ(directory_.tables(), 1u) << "granules of one chunk";
+  EXPECT_EQ(LeftAt(4 * kChunk), kGranule) << "a table of granules";
   Map(5 * kChunk, kPageSize, kBase + 5 * kChunk);
-  EXPECT_EQ(directory_.tables(), 3u) << "and a chunk with pages of one granule";
+  EXPECT_EQ(LeftAt(5 * kChunk), kPageSize) << "and one of pages";
+  Unmap(0, 6 * kChunk);
+  EXPECT_EQ(directory_.take_retired().size(), 3u);
 }
 
 TEST_F(PageDirectoryTest, APageTakenOutOfAChunkLeavesItsNeighbours) {
@@ -91,7 +94,6 @@ TEST_F(PageDirectoryTest, APageTakenOutOfAChunkLeavesItsNeighbours) {
   EXPECT_EQ(HostOf(hole + kPageSize), Host(kBase + (hole + kPageSize - kChunk)));
   EXPECT_EQ(HostOf(kChunk), Host(kBase));
   EXPECT_EQ(HostOf(2 * kChunk - 1), Host(kBase + kChunk - 1));
-  EXPECT_EQ(directory_.tables(), 2u);
   Map(hole, kPageSize, kBase + (hole - kChunk));
   EXPECT_FALSE(Walk(kChunk, kChunk));
   EXPECT_EQ(extents_.size(), 1u) << "one piece again, however it is stored";
@@ -102,7 +104,21 @@ TEST_F(PageDirectoryTest, TablesThatAreEmptyAreHandedOutOnce) {
   Unmap(kChunk + kPageSize, kPageSize);
   EXPECT_EQ(directory_.take_retired().size(), 2u);
   EXPECT_TRUE(directory_.take_retired().empty());
-  EXPECT_EQ(directory_.tables(), 0u);
+  EXPECT_EQ(LeftAt(kChunk), kChunk);
+}
+
+TEST_F(PageDirectoryTest, ATableThatComesAgainSaysNothingOfWhatItSaidBefore) {
+  for (uint64_t round = 0; round < 8; ++round) {  // more tables than are kept
+    Map(round * kChunk + 3 * kPageSize, 7 * kGranule, kBase);
+    Unmap(round * kChunk + 3 * kPageSize, 7 * kGranule);
+    directory_.recycle(directory_.take_retired());
+    Map(round * kChunk, kPageSize, kBase);
+    EXPECT_EQ(HostOf(round * kChunk), Host(kBase));
+    EXPECT_FALSE(Walk(round * kChunk, kPageSize));
+    for (const uint64_t beside : {kPageSize, 3 * kPageSize, kGranule, 2 * kGranule}) {
+      EXPECT_EQ(HostOf(round * kChunk + beside), nullptr) << beside;
+    }
+  }
 }
 
 TEST_F(PageDirectoryTest, AWalkMergesWhatContinuesInTheHost) {
@@ -145,6 +161,45 @@ TEST_F(PageDirectoryTest, WhatIsGoingIsNotUsableUntilItStays) {
   EXPECT_FALSE(Walk(0, kChunk));
   directory_.set_going(MakeRange(kChunk, kPageSize), true);
   EXPECT_EQ(directory_.find(Iova(kChunk)).flags, 0u) << "what is not there cannot go";
+}
+
+// What hits look up, against what everything else does.
+TEST_F(PageDirectoryTest, TheNearViewAgreesWithTheWalk) {
+  Map(0, kChunk, kBase);
+  Map(kChunk, kGranule, kBase + kChunk);
+  Map(kChunk + kGranule, kPageSize, kBase, PageDirectory::kRead);
+  Map(2 * kChunk, kChunk, kBase + 8 * kChunk, PageDirectory::kRead);
+  Map(3 * kChunk, kChunk, kBase + 3 * kChunk);
+  directory_.set_going(MakeRange(3 * kChunk, kChunk), true);
+  Map(kFar, kChunk, kBase + 5 * kChunk);
+  const PageDirectory::Near near(directory_);
+  for (const uint64_t wanted : {PageDirectory::kRead, PageDirectory::kWrite, kReadWrite}) {
+    for (uint64_t iova = 0x800; iova < 5 * kChunk; iova += kGranule / 2 - kPageSize) {
+      std::byte* host = nullptr;
+      const bool found = near.find(Iova(iova), wanted, &host);
+      ASSERT_EQ(found, !Walk(iova, 1, wanted)) << iova << " " << wanted;
+      if (found) {
+        ASSERT_EQ(host, HostOf(iova)) << iova;
+      }
+    }
+    std::byte* host = nullptr;
+    EXPECT_FALSE(near.find(Iova(kFar), wanted, &host)) << "beyond 16 TiB";
+  }
+}
+
+TEST_F(PageDirectoryTest, TheNearViewAnswersForRangesThatOneWordCovers) {
+  Map(0, 2 * kChunk, kBase);
+  Map(2 * kChunk, kGranule, kBase + 2 * kChunk);
+  const PageDirectory::Near near(directory_);
+  std::byte* host = nullptr;
+  EXPECT_TRUE(near.find(MakeRange(kChunk - kGranule, kGranule), kReadWrite, &host));
+  EXPECT_EQ(host, Host(kBase + kChunk - kGranule));
+  EXPECT_FALSE(near.find(MakeRange(kChunk - kPageSize, 2 * kPageSize), kReadWrite, &host));
+  EXPECT_FALSE(near.find(MakeRange(2 * kChunk, kPageSize), kReadWrite, &host)) << "a table";
+  EXPECT_FALSE(near.find(MakeRange(4 * kChunk, kPageSize), kReadWrite, &host));
+  EXPECT_FALSE(near.find(MakeRange(kFar, kPageSize), kReadWrite, &host));
+  directory_.set_going(MakeRange(0, kChunk), true);
+  EXPECT_FALSE(near.find(MakeRange(0, kPageSize), kReadWrite, &host));
 }
 
 TEST_F(PageDirectoryTest, OnlyAnUnmapMakesANewGenerationAndOnlyNearby) {

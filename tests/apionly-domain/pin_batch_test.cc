@@ -140,6 +140,51 @@ TEST_F(PinBatchTest, AFailureAtAnyStepRollsBackTheWholeBatch) {
   ExpectNothingHeld();
 }
 
+TEST_F(PinBatchTest, WhatWasRefusedHalfWayIsInNoFigure) {
+  Map(0, 0, BytesIn(200));
+  std::vector<Iova> pages;
+  for (uint64_t i = 0; i < 150; ++i) pages.push_back(Iova(BytesIn(i)));
+  ASSERT_THAT(PinPages(PagesAt({0, 64, 149})), IsOk());  // a hit in every batch
+  const auto before = domain_->counters();
+  for (const uint64_t n : {1u, 50u, 64u, 100u, 147u}) {
+    SCOPED_TRACE(n);
+    pins_->fail_at_call = n;
+    ASSERT_THAT(PinPages(pages), FailsWith(ErrorCode::kLimit));
+    EXPECT_EQ(domain_->counters().pin_calls, before.pin_calls);
+    EXPECT_EQ(domain_->counters().pages_pinned, before.pages_pinned);
+  }
+  pins_->fail_at_call = 0;
+  ASSERT_THAT(PinPages(pages), IsOk());
+  EXPECT_EQ(domain_->counters().pin_calls, before.pin_calls + 3 + 147) << "batches and misses";
+  EXPECT_EQ(domain_->counters().pages_pinned, before.pages_pinned + 150);
+  ASSERT_THAT(Unpin(pages), IsOk());
+  ASSERT_THAT(Unpin(PagesAt({0, 64, 149})), IsOk());
+  ExpectNothingHeld();
+}
+
+// Counters of pages below 16 TiB are found by their number alone: that of a page above must not be
+// taken for one of them.
+TEST_F(PinBatchTest, PagesThatLie16TiBApartAreNotConfused) {
+  Map(BytesIn(7), 0, BytesIn(4));
+  Map(kBeyond16TiB + BytesIn(7), BytesIn(8), BytesIn(4));
+  const Iova near(BytesIn(8));
+  const Iova far(kBeyond16TiB + BytesIn(8));
+  const std::vector<Iova> both = {far, near, far};
+  ASSERT_THAT(PinPages(Times(2, near)), IsOk());
+  EXPECT_THAT(Unpin(Times(1, far)), FailsWith(ErrorCode::kInvalid));
+  EXPECT_THAT(Unpin(Times(2, far)), FailsWith(ErrorCode::kInvalid));
+  EXPECT_THAT(Unpin(both), FailsWith(ErrorCode::kInvalid));
+  EXPECT_EQ(domain_->counters().pinned_pages, 2u);
+  EXPECT_EQ(PagesPinnedOnce(), 1u);
+  ASSERT_THAT(PinPages(Times(1, far)), IsOk());
+  EXPECT_EQ(PagesPinnedOnce(), 2u) << "another page";
+  ASSERT_THAT(PinPages(both), IsOk());
+  ASSERT_THAT(Unpin(both), IsOk());
+  ASSERT_THAT(Unpin(Times(1, far)), IsOk());
+  ASSERT_THAT(Unpin(Times(2, near)), IsOk());
+  ExpectNothingHeld();
+}
+
 TEST_F(PinBatchTest, APageThatCannotBePinnedRefusesTheBatch) {
   Map(0, 0, BytesIn(100));
   Map(BytesIn(100), 0, BytesIn(1), Access::kRead);
