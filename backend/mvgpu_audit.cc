@@ -1,29 +1,30 @@
-// mvgpu-audit: says, per VM, who pins what, what is shared and who is charged. Reads the ledgers
-// that the domains of a VM keep, without the help of the processes that wrote them, and changes
-// nothing.
+// mvgpu-audit: says, per VM, who pins what, what is shared and who is charged (show, watch), and
+// before a VM is started how much may be locked for it (preflight). Reads the ledgers that the
+// domains of a VM keep, without the help of the processes that wrote them, and changes nothing.
 
 #include <CLI/CLI.hpp>
-#include <cstdio>
 #include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
+#include <utility>
 
-#include "apionly-domain/accounting/ledger.h"
-#include "apionly-domain/accounting/runtime_dir.h"
-#include "apionly-domain/base/error.h"
+#include "backend/audit/console.h"
+#include "backend/audit/ledger_options.h"
+#include "backend/audit/metrics.h"
+#include "backend/audit/preflight.h"
 #include "backend/audit/report.h"
+#include "backend/audit/watch.h"
 
 namespace mvgpu::backend {
 namespace {
 
-enum ExitCode { kExitOk = 0, kExitUsage = 2, kExitNoSuchVm = 3, kExitUnreadable = 4 };
-
 constexpr char kExitCodes[] =
     "Exit codes:\n"
     "  0  the accounts were read (show warns about what is wrong with them)\n"
+    "  1  preflight: something is too small\n"
     "  2  wrong usage\n"
-    "  3  the VM that --vm names has no ledger\n"
-    "  4  a ledger or the runtime directory could not be read; the others were shown";
+    "  3  show: the VM that --vm names has no ledger\n"
+    "  4  a ledger or the runtime directory could not be read (the others were shown), or stdout\n"
+    "     not be written";
 
 constexpr char kColumns[] =
     "Pages of 4096 bytes, per domain:\n"
@@ -35,43 +36,36 @@ constexpr char kColumns[] =
     "Below them what the kernel counts for the whole process (VmLck, VmPin).\n\n";
 
 struct ShowOptions {
-  std::string vm;
-  std::string runtime_dir;
+  LedgerOptions ledgers;
   bool json = false;
+  bool metrics = false;
+
+  CLI::App* add_to(CLI::App& app) {
+    CLI::App* const show = app.add_subcommand("show", "Show the accounts of every VM");
+    show->footer(std::string(kColumns) + kExitCodes);
+    ledgers.add_to(*show);
+    auto* const as_json = show->add_flag("--json", json, "one JSON object instead of a table");
+    show->add_flag("--metrics", metrics, "OpenMetrics text instead of a table")->excludes(as_json);
+    return show;
+  }
 };
 
-int Complain(int exit_code, const std::string& message) {
-  std::fprintf(stderr, "mvgpu-audit: %s\n", message.c_str());
-  return exit_code;
-}
-
 int Show(const ShowOptions& options) {
-  std::optional<std::string> vm_uuid;
-  if (!options.vm.empty()) {
-    vm_uuid = domain::NormalizedUuid(options.vm);
-    if (!vm_uuid) {
-      return Complain(kExitUsage,
-                      "--vm '" + options.vm + "' is not a uuid of 8-4-4-4-12 hexadecimal digits");
-    }
+  const auto choice = Resolve(options.ledgers);
+  if (!choice) return Complain(kAuditUsage, choice.error().message());
+  const auto report = Audit(choice->runtime_dir, choice->vm_uuid);
+  if (!report) return Complain(kAuditUnreadable, report.error().message());
+  if (choice->vm_uuid && report->vms.empty() && report->unreadable.empty()) {
+    return Complain(kAuditNoSuchVm,
+                    "vm " + *choice->vm_uuid + " has no ledger in " + choice->runtime_dir);
   }
-  std::string runtime_dir = options.runtime_dir;
-  if (runtime_dir.empty()) {
-    auto standard = domain::Ledger::DefaultRuntimeDir();
-    if (!standard) return Complain(kExitUsage, standard.error().message());
-    runtime_dir = std::move(*standard);
-  }
-  const auto report = Audit(runtime_dir, vm_uuid);
-  if (!report) return Complain(kExitUnreadable, report.error().message());
-  if (vm_uuid && report->vms.empty() && report->unreadable.empty()) {
-    return Complain(kExitNoSuchVm, "vm " + *vm_uuid + " has no ledger in " + runtime_dir);
-  }
-  const std::string text = options.json ? ToJson(*report).dump(2) + "\n" : RenderText(*report);
-  std::fwrite(text.data(), 1, text.size(), stdout);
+  const int printed = Print(options.json      ? ToJson(*report).dump(2) + "\n"
+                            : options.metrics ? RenderMetrics(*report)
+                                              : RenderText(*report));
   for (const AuditReport::Unreadable& unreadable : report->unreadable) {
-    Complain(kExitUnreadable, unreadable.error.message());
+    Complain(kAuditUnreadable, unreadable.error.message());
   }
-  if (std::fflush(stdout) != 0) return Complain(kExitUnreadable, "cannot write to stdout");
-  return report->unreadable.empty() ? kExitOk : kExitUnreadable;
+  return report->unreadable.empty() ? printed : kAuditUnreadable;
 }
 
 int Main(int argc, char** argv) {
@@ -79,15 +73,12 @@ int Main(int argc, char** argv) {
   app.set_version_flag("--version", std::string("mvgpu-audit " MVGPU_VERSION));
   app.footer(kExitCodes);
   app.require_subcommand(1);
-  ShowOptions options;
-  CLI::App* show = app.add_subcommand("show", "Show the accounts of every VM");
-  show->footer(std::string(kColumns) + kExitCodes);
-  show->add_option("--vm", options.vm, "only this VM")->type_name("UUID");
-  show->add_option("--runtime-dir", options.runtime_dir,
-                   "where the ledgers are; by default /run/mvgpu for root, $XDG_RUNTIME_DIR/mvgpu "
-                   "for others")
-      ->type_name("DIR");
-  show->add_flag("--json", options.json, "one JSON object instead of a table");
+  ShowOptions show_options;
+  WatchOptions watch_options;
+  PreflightOptions preflight_options;
+  show_options.add_to(app);
+  const CLI::App* const watch = watch_options.add_to(app);
+  const CLI::App* const preflight = preflight_options.add_to(app);
   // The library reports everything, --help included, by throwing.
   try {
     app.parse(argc, argv);
@@ -96,9 +87,11 @@ int Main(int argc, char** argv) {
   } catch (const CLI::ParseError& error) {
     std::string message = error.what();
     for (char& c : message) c = c == '\n' ? ' ' : c;
-    return Complain(kExitUsage, message + "; see mvgpu-audit --help");
+    return Complain(kAuditUsage, message + "; see mvgpu-audit --help");
   }
-  return Show(options);
+  if (watch->parsed()) return Watch(watch_options);
+  if (preflight->parsed()) return Preflight(std::move(preflight_options));
+  return Show(show_options);
 }
 
 }  // namespace

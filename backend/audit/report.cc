@@ -14,8 +14,6 @@ using domain::KernelCounters;
 using domain::LedgerSnapshot;
 using domain::Liveness;
 
-namespace {
-
 std::string_view StateName(Liveness liveness) {
   switch (liveness) {
     case Liveness::kAlive:
@@ -27,6 +25,8 @@ std::string_view StateName(Liveness liveness) {
   }
   return "unknown";
 }
+
+namespace {
 
 std::optional<double> PercentOfMapped(const LedgerSnapshot::Row& row) {
   if (row.mapped_pages == 0) return std::nullopt;
@@ -47,6 +47,65 @@ void RenderRow(Out out, const LedgerSnapshot::Row& row) {
                  row.owner.pid, StateName(row.liveness), row.mapped_pages, row.pinned_pages,
                  percent ? fmt::format("{:.2f}", *percent) : "-", row.unique_pages,
                  row.charged_pages, row.locked_pages);
+}
+
+bool SameDomain(const LedgerSnapshot::Row& a, const LedgerSnapshot::Row& b) {
+  return a.index == b.index && a.owner == b.owner && a.name == b.name;
+}
+
+const LedgerSnapshot::Row* Find(const AuditReport::Vm& vm, const LedgerSnapshot::Row& row) {
+  for (const LedgerSnapshot::Row& other : vm.ledger.rows) {
+    if (SameDomain(other, row)) return &other;
+  }
+  return nullptr;
+}
+
+const AuditReport::Vm* Find(const AuditReport& report, const std::string& vm_uuid) {
+  for (const AuditReport::Vm& vm : report.vms) {
+    if (vm.ledger.vm_uuid == vm_uuid) return &vm;
+  }
+  return nullptr;
+}
+
+// "+3", "-4", or nothing where nothing changed.
+std::string Change(uint64_t before, uint64_t now) {
+  if (now == before) return {};
+  return now > before ? fmt::format("+{}", now - before) : fmt::format("-{}", before - now);
+}
+
+// Below the row, in its columns.
+void RenderChange(Out out, const LedgerSnapshot::Row& before, const LedgerSnapshot::Row& now) {
+  const std::string mapped = Change(before.mapped_pages, now.mapped_pages);
+  const std::string pinned = Change(before.pinned_pages, now.pinned_pages);
+  const std::string unique = Change(before.unique_pages, now.unique_pages);
+  const std::string charged = Change(before.charged_pages, now.charged_pages);
+  const std::string locked = Change(before.locked_pages, now.locked_pages);
+  if ((mapped + pinned + unique + charged + locked).empty()) return;
+  fmt::format_to(out, "  {:<40} {:>10} {:>9} {:>6} {:>9} {:>9} {:>9}\n", "  change", mapped, pinned,
+                 "", unique, charged, locked);
+}
+
+// Who was there, and is there no more.
+void RenderGone(Out out, const AuditReport::Vm& before, const AuditReport::Vm& now) {
+  for (const LedgerSnapshot::Row& row : before.ledger.rows) {
+    if (Find(now, row) != nullptr) continue;
+    fmt::format_to(out, "  {:<15} has left, pid {}\n", Shortened(row.name, 15), row.owner.pid);
+  }
+}
+
+bool IsUnreadable(const AuditReport& report, const std::string& vm_uuid) {
+  for (const AuditReport::Unreadable& unreadable : report.unreadable) {
+    if (unreadable.vm_uuid == vm_uuid) return true;
+  }
+  return false;
+}
+
+void RenderEnded(Out out, const AuditReport& before, const AuditReport& now) {
+  for (const AuditReport::Vm& vm : before.vms) {
+    const std::string& vm_uuid = vm.ledger.vm_uuid;
+    if (Find(now, vm_uuid) != nullptr || IsUnreadable(now, vm_uuid)) continue;
+    fmt::format_to(out, "VM {} has ended\n", vm_uuid);
+  }
 }
 
 // Where the kernel counts what a pin back end holds.
@@ -80,7 +139,7 @@ void RenderKernel(Out out, const AuditReport::Vm& vm) {
   }
 }
 
-void RenderVm(Out out, const AuditReport::Vm& vm) {
+void RenderVm(Out out, const AuditReport::Vm& vm, const AuditReport::Vm* before) {
   fmt::format_to(out, "VM {}\n  {}\n", vm.ledger.vm_uuid, vm.ledger.path);
   fmt::format_to(out, "  {:<15} {:<8} {:>7} {:<7} {:>10} {:>9} {:>6} {:>9} {:>9} {:>9}\n", "DOMAIN",
                  "KIND", "PID", "STATE", "MAPPED", "PINNED", "UNIQ%", "UNIQUE", "CHARGED",
@@ -89,7 +148,14 @@ void RenderVm(Out out, const AuditReport::Vm& vm) {
   for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
     RenderRow(out, row);
     any_dead |= row.liveness == Liveness::kDead;
+    if (before == nullptr) continue;
+    if (const auto* earlier = Find(*before, row)) {
+      RenderChange(out, *earlier, row);
+    } else {
+      fmt::format_to(out, "    has joined\n");
+    }
   }
+  if (before != nullptr) RenderGone(out, *before, vm);
   fmt::format_to(out, "  {:<68} {:>9} {:>9}\n", "total of the VM, every page once",
                  vm.ledger.unique_pages, vm.ledger.charged_pages());
   RenderKernel(out, vm);
@@ -166,6 +232,7 @@ Result<AuditReport> Audit(const std::string& runtime_dir,
                           const std::optional<std::string>& vm_uuid) {
   AuditReport report;
   report.runtime_dir = runtime_dir;
+  report.only_vm = vm_uuid;
   auto dir = domain::RuntimeDir::OpenForReading(runtime_dir);
   if (!dir && dir.error().sys_errno() == ENOENT) return report;
   if (!dir) return tl::unexpected<Error>(std::move(dir).error());
@@ -187,15 +254,19 @@ Result<AuditReport> Audit(const std::string& runtime_dir,
   return report;
 }
 
-std::string RenderText(const AuditReport& report) {
+std::string RenderText(const AuditReport& report, const AuditReport* before) {
   std::string text;
   for (const AuditReport::Vm& vm : report.vms) {
     if (!text.empty()) text += '\n';
-    RenderVm(std::back_inserter(text), vm);
+    RenderVm(std::back_inserter(text), vm,
+             before == nullptr ? nullptr : Find(*before, vm.ledger.vm_uuid));
   }
   if (report.vms.empty() && report.unreadable.empty()) {
-    text = fmt::format("no VM has a ledger in {}\n", report.runtime_dir);
+    text = fmt::format("{} a ledger in {}\n",
+                       report.only_vm ? "vm " + *report.only_vm + " does not have" : "no VM has",
+                       report.runtime_dir);
   }
+  if (before != nullptr) RenderEnded(std::back_inserter(text), *before, report);
   return text;
 }
 

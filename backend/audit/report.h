@@ -2,6 +2,7 @@
 
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include <nlohmann/json_fwd.hpp>
@@ -25,6 +26,7 @@ struct AuditReport {
   };
 
   std::string runtime_dir;
+  std::optional<std::string> only_vm;  // the one that was asked for
   std::vector<Vm> vms;
   std::vector<Unreadable> unreadable;
 };
@@ -35,8 +37,12 @@ struct AuditReport {
 Result<AuditReport> Audit(const std::string& runtime_dir,
                           const std::optional<std::string>& vm_uuid);
 
-// For people: at most 100 columns, ends with a newline.
-std::string RenderText(const AuditReport& report);
+// "alive", "dead" or "unknown".
+std::string_view StateName(domain::Liveness liveness);
+
+// For people: at most 100 columns, ends with a newline. With an earlier report of the same
+// directory, a line below each domain says what changed, and another who came and who went.
+std::string RenderText(const AuditReport& report, const AuditReport* before = nullptr);
 
 // For programs. Fields are only ever added. n is a number, kernel counters are of the whole
 // process, percent_of_mapped is the share of unique_pages.

@@ -6,14 +6,13 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
-#include <cstdio>
 #include <fstream>
 #include <iterator>
 #include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
 
-#include "tests/apionly-domain/ledger_fixture.h"
+#include "tests/backend/audit_fixture.h"
 
 namespace mvgpu::domain {
 namespace {
@@ -26,38 +25,7 @@ using ::testing::MatchesRegex;
 using ::testing::Not;
 using ::testing::StartsWith;
 
-constexpr char kOtherVm[] = "ffffffff-0000-4000-8000-000000000001";
-
-class AuditTest : public LedgerFixture {
- protected:
-  struct Outcome {
-    int exit_code = -1;
-    std::string out;
-    std::string err;
-  };
-  Outcome Run(const std::string& arguments) const {
-    const std::string err_path = dir_ + "/stderr";
-    FILE* pipe =
-        popen((std::string(MVGPU_AUDIT) + " " + arguments + " 2>" + err_path).c_str(), "r");
-    Outcome outcome;
-    char buffer[4096];
-    while (size_t n = fread(buffer, 1, sizeof buffer, pipe)) outcome.out.append(buffer, n);
-    const int status = pclose(pipe);
-    if (WIFEXITED(status)) outcome.exit_code = WEXITSTATUS(status);
-    std::ifstream err(err_path);
-    outcome.err.assign(std::istreambuf_iterator<char>(err), {});
-    return outcome;
-  }
-  Outcome Show(const std::string& options = "") const {
-    return Run("show --runtime-dir=" + dir_ + " " + options);
-  }
-  nlohmann::json ShowJson(const std::string& options = "") const {
-    const Outcome outcome = Show("--json " + options);
-    auto json = nlohmann::json::parse(outcome.out, nullptr, false);
-    EXPECT_FALSE(json.is_discarded()) << outcome.out << outcome.err;
-    return json;
-  }
-};
+using AuditTest = AuditFixture;
 
 TEST_F(AuditTest, TableShowsEveryDomainAndEveryPageOnceInTheTotal) {
   auto ledger = Open();
