@@ -1,17 +1,20 @@
 // mvgpu-audit: says, per VM, who pins what, what is shared and who is charged (show, watch), and
 // before a VM is started how much may be locked for it (preflight). Reads the ledgers that the
 // domains of a VM keep, without the help of the processes that wrote them, and changes nothing.
+// Whether the accounts can be true, it says too (verify).
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "backend/audit/console.h"
 #include "backend/audit/ledger_options.h"
 #include "backend/audit/metrics.h"
 #include "backend/audit/preflight.h"
 #include "backend/audit/report.h"
+#include "backend/audit/verify.h"
 #include "backend/audit/watch.h"
 
 namespace mvgpu::backend {
@@ -20,9 +23,9 @@ namespace {
 constexpr char kExitCodes[] =
     "Exit codes:\n"
     "  0  the accounts were read (show warns about what is wrong with them)\n"
-    "  1  preflight: something is too small\n"
+    "  1  preflight: something is too small; verify: something about the accounts is wrong\n"
     "  2  wrong usage\n"
-    "  3  show: the VM that --vm names has no ledger\n"
+    "  3  show, verify: the VM that --vm names has no ledger\n"
     "  4  a ledger or the runtime directory could not be read (the others were shown), or stdout\n"
     "     not be written";
 
@@ -35,37 +38,90 @@ constexpr char kColumns[] =
     "  LOCKED   what the kernel was asked to hold, whole granules\n"
     "Below them what the kernel counts for the whole process (VmLck, VmPin).\n\n";
 
+constexpr char kChecks[] =
+    "What is held against what:\n"
+    "  the bits of each row     against its counters, and against the sizes of the files\n"
+    "  the owner of each row    must be alive\n"
+    "  locked pages             against what the kernel counts for the process (VmLck, VmPin)\n"
+    "  files that are held      must still be mapped by a process of the VM\n\n";
+
 struct ShowOptions {
   LedgerOptions ledgers;
   bool json = false;
   bool metrics = false;
 
-  CLI::App* add_to(CLI::App& app) {
+  void add_to(CLI::App& app) {
     CLI::App* const show = app.add_subcommand("show", "Show the accounts of every VM");
     show->footer(std::string(kColumns) + kExitCodes);
     ledgers.add_to(*show);
     auto* const as_json = show->add_flag("--json", json, "one JSON object instead of a table");
     show->add_flag("--metrics", metrics, "OpenMetrics text instead of a table")->excludes(as_json);
-    return show;
   }
 };
 
-int Show(const ShowOptions& options) {
-  const auto choice = Resolve(options.ledgers);
-  if (!choice) return Complain(kAuditUsage, choice.error().message());
-  const auto report = Audit(choice->runtime_dir, choice->vm_uuid);
-  if (!report) return Complain(kAuditUnreadable, report.error().message());
+struct VerifyOptions {
+  LedgerOptions ledgers;
+  bool json = false;
+
+  CLI::App* add_to(CLI::App& app) {
+    CLI::App* const verify =
+        app.add_subcommand("verify", "Check the accounts of every VM; silent when they are right");
+    verify->footer(std::string(kChecks) + kExitCodes);
+    ledgers.add_to(*verify);
+    verify->add_flag("--json", json, "one JSON object instead of lines");
+    return verify;
+  }
+};
+
+// The accounts that the options ask for, or an exit code: the complaint is made.
+tl::expected<AuditReport, int> Read(const LedgerOptions& options) {
+  const auto fail = [](AuditExit exit, const std::string& message) {
+    return tl::unexpected<int>(Complain(exit, message));
+  };
+  const auto choice = Resolve(options);
+  if (!choice) return fail(kAuditUsage, choice.error().message());
+  auto report = Audit(choice->runtime_dir, choice->vm_uuid);
+  if (!report) return fail(kAuditUnreadable, report.error().message());
   if (choice->vm_uuid && report->vms.empty() && report->unreadable.empty()) {
-    return Complain(kAuditNoSuchVm,
-                    "vm " + *choice->vm_uuid + " has no ledger in " + choice->runtime_dir);
+    return fail(kAuditNoSuchVm,
+                "vm " + *choice->vm_uuid + " has no ledger in " + choice->runtime_dir);
   }
-  const int printed = Print(options.json      ? ToJson(*report).dump(2) + "\n"
-                            : options.metrics ? RenderMetrics(*report)
-                                              : RenderText(*report));
-  for (const AuditReport::Unreadable& unreadable : report->unreadable) {
-    Complain(kAuditUnreadable, unreadable.error.message());
+  return std::move(*report);
+}
+
+// Prints the answer, says what could not be read, and returns the exit code.
+int Answer(const std::string& text, const AuditReport& report, int exit_code) {
+  if (const int printed = Print(text); printed != kAuditOk) exit_code = printed;
+  for (const AuditReport::Unreadable& unreadable : report.unreadable) {
+    exit_code = Complain(kAuditUnreadable, unreadable.error.message());
   }
-  return report->unreadable.empty() ? printed : kAuditUnreadable;
+  return exit_code;
+}
+
+int Show(const ShowOptions& options) {
+  const auto report = Read(options.ledgers);
+  if (!report) return report.error();
+  const std::string text = options.json      ? ToJson(*report).dump(2) + "\n"
+                           : options.metrics ? RenderMetrics(*report)
+                                             : RenderText(*report);
+  return Answer(text, *report, kAuditOk);
+}
+
+int VerifyAccounts(const VerifyOptions& options) {
+  auto report = Read(options.ledgers);
+  if (!report) return report.error();
+  std::vector<Finding> findings = Verify(*report);
+  if (!findings.empty()) {
+    report = Read(options.ledgers);
+    if (!report) return report.error();
+    findings = Lasting(findings, Verify(*report));
+  }
+  std::string text;
+  for (const Finding& finding : findings) {
+    text += "vm " + finding.vm_uuid + ": " + finding.message + "\n";
+  }
+  if (options.json) text = ToJson(findings).dump(2) + "\n";
+  return Answer(text, *report, findings.empty() ? kAuditOk : kAuditProblem);
 }
 
 int Main(int argc, char** argv) {
@@ -74,9 +130,11 @@ int Main(int argc, char** argv) {
   app.footer(kExitCodes);
   app.require_subcommand(1);
   ShowOptions show_options;
+  VerifyOptions verify_options;
   WatchOptions watch_options;
   PreflightOptions preflight_options;
   show_options.add_to(app);
+  const CLI::App* const verify = verify_options.add_to(app);
   const CLI::App* const watch = watch_options.add_to(app);
   const CLI::App* const preflight = preflight_options.add_to(app);
   // The library reports everything, --help included, by throwing.
@@ -89,6 +147,7 @@ int Main(int argc, char** argv) {
     for (char& c : message) c = c == '\n' ? ' ' : c;
     return Complain(kAuditUsage, message + "; see mvgpu-audit --help");
   }
+  if (verify->parsed()) return VerifyAccounts(verify_options);
   if (watch->parsed()) return Watch(watch_options);
   if (preflight->parsed()) return Preflight(std::move(preflight_options));
   return Show(show_options);

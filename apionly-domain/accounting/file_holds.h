@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "apionly-domain/accounting/file_view.h"
 #include "apionly-domain/accounting/ledger_format.h"
 #include "apionly-domain/accounting/ledger_memory.h"
 #include "apionly-domain/base/address.h"
@@ -9,9 +10,9 @@
 
 namespace mvgpu::domain {
 
-// Who holds which pages of one backing file, and who pays: the bits, the payer bytes and the
-// counters that follow from them. Works on words of 64 pages; cost follows the words that a run
-// touches.
+// The segments of one backing file: room for bits and payer bytes, and what is done to all bits of
+// a row. Rows go on to hold and release meanwhile (row_holds.h), so all but make_room() and drop()
+// of a row's own bits is a picture of things in motion.
 //
 // A short-lived view for one operation. REQUIRES: the ledger's lock is held as long as it lives.
 class FileHolds {
@@ -21,59 +22,47 @@ class FileHolds {
   FileHolds(const FileHolds&) = delete;
   FileHolds& operator=(const FileHolds&) = delete;
 
-  // Makes room for row holding `pages`, so that hold() cannot fail. Changes no hold and no charge.
-  // Errors: kLimit (no memory, ledger full), kCorrupt (the file's record leads nowhere), kSystem.
-  Result<void> prepare(unsigned row, PageRun pages);
-  // Pages that the row holds already stay as they are. REQUIRES: prepare(row, pages) succeeded.
-  void hold(unsigned row, PageRun pages);
-  // Pages that the row does not hold stay as they are.
-  void release(unsigned row, PageRun pages);
-  // Releases whatever the row holds and gives its segment's memory back.
-  void drop(unsigned row);
+  // Makes room for row holding `pages`. Changes no hold and no charge. Errors: kLimit (no memory,
+  // ledger full), kCorrupt (the file's record leads nowhere), kSystem.
+  Result<void> make_room(unsigned row, PageRun pages);
+  FileView view_of(unsigned row) const;
 
-  // After a crash: clears payer bytes that name a row which does not hold the page.
-  void clear_stale_payers();
-  // Adds what the bits say to the counters of rows and file.
-  void count();
+  // Clears all bits of the row and gives their memory back.
+  void drop(unsigned row);
+  // How many pages of this file the row pays for.
+  uint64_t charged_pages(unsigned row) const;
+  // Whether no row holds any page. Exact if changes are stopped and finished.
+  bool is_empty() const;
+  // Drops the empty segments of all rows. REQUIRES: is_empty(); changes are stopped and finished.
+  void reset();
 
  private:
-  // One row with a segment. The pointer is to the chunk that contains the current word, null if
-  // absent.
   struct Holder {
+    unsigned row;
     LedgerSegment segment;
-    const uint64_t* words;
   };
-  // The state of one word of 64 pages.
-  struct Word {
-    uint64_t index = 0;                      // within the file
-    uint64_t wanted = 0;                     // the pages of it that the run covers
-    uint8_t* payer_bytes = nullptr;          // of its 64 pages; null: none is named
-    uint64_t held[ledger_format::kMaxRows];  // by holder, in the order of rows_
-  };
-  static constexpr unsigned kNone = ledger_format::kMaxRows;
 
   ledger_format::FileRecord& record() const { return memory_.file(index_); }
   // Looks up the segments of all rows that take part.
   void collect();
-  unsigned position_of(unsigned row) const;
-  Result<void> prepare_segment(unsigned row, PageRun pages);
+  // Null where the row takes no part.
+  const Holder* holder(unsigned row) const;
+  Result<void> make_segment(unsigned row, PageRun pages);
   // Payer bytes where `row` would pay by default for what a higher row pays for now.
-  Result<void> prepare_payers(unsigned row, PageRun pages);
+  Result<void> make_payers(unsigned row, PageRun pages);
   Result<void> make_payer_chunk(uint64_t page);
-  // Calls visit(Word&) for each word of the run, in order. Stops at an error where visit returns a
-  // Result.
-  template <typename Visit>
-  void for_each_word(PageRun pages, Visit visit);
-  void move_to_chunk(uint64_t word);
-  void release_word(unsigned me, Word& word);
+  uint64_t charged_in_chunk(unsigned row, uint64_t chunk) const;
+  // The payer bytes of a word's 64 pages; false where none is named.
+  bool load_payers(uint64_t word, uint64_t (&bytes)[8]) const;
+  Result<LedgerSegment> make_larger(uint32_t kind, unsigned row, uint64_t pages,
+                                    const LedgerSegment& old);
+  tl::unexpected<Error> Damaged() const;
 
   LedgerMemory& memory_;
   const unsigned index_;
-  bool has_payers_ = false;
-  LedgerSegment payers_;  // valid if has_payers_
+  LedgerSegment payers_;  // without chunks where there are none
   unsigned count_ = 0;
-  uint8_t rows_[ledger_format::kMaxRows];  // ascending
-  Holder holders_[ledger_format::kMaxRows];
+  Holder holders_[ledger_format::kMaxRows];  // ascending
 };
 
 }  // namespace mvgpu::domain

@@ -6,12 +6,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstdlib>
 #include <utility>
 
 #include "apionly-domain/accounting/ledger_store.h"
 #include "apionly-domain/accounting/ledger_view.h"
+#include "apionly-domain/accounting/row_holds.h"
 #include "apionly-domain/accounting/runtime_dir.h"
 #include "apionly-domain/base/check.h"
 #include "apionly-domain/base/mutex.h"
@@ -106,17 +106,17 @@ class SharedLedger;
 class SharedLedgerRow final : public LedgerRow {
  public:
   SharedLedgerRow(SharedLedger* ledger, LedgerStore* store, LedgerStore::RowId id)
-      : ledger_(ledger), store_(store), id_(id) {}
+      : ledger_(ledger), store_(store), id_(id), holds_(*store, id) {}
   ~SharedLedgerRow() override;
 
   Result<void> hold(const FileIdentity& file, uint64_t file_pages, PageRun pages) override {
-    MVGPU_RETURN_IF_ERROR(store_->hold(id_, file, file_pages, pages));
-    held_pages_.fetch_add(pages.count, std::memory_order_relaxed);
-    return {};
+    Result<void> outcome = holds_.hold(file, file_pages, pages);
+    if (outcome) held_pages_ += pages.count;
+    return outcome;
   }
   void release(const FileIdentity& file, PageRun pages) override {
-    store_->release(id_, file, pages);
-    held_pages_.fetch_sub(pages.count, std::memory_order_relaxed);
+    holds_.release(file, pages);
+    held_pages_ -= pages.count;
   }
 
   void set_mapped_pages(uint64_t pages) override {
@@ -134,27 +134,26 @@ class SharedLedgerRow final : public LedgerRow {
   }
   void set_granule_pages(uint32_t pages) override {
     if (!store_->owns(id_)) return;
-    std::atomic_ref<uint32_t>(store_->row(id_.index).granule_pages)
-        .store(pages, std::memory_order_relaxed);  // a figure for readers, nothing depends on it
+    ledger_format::StoreWord(store_->row(id_.index).granule_pages, pages);
   }
 
   Counts counts() const override {
     if (!store_->owns(id_)) return {};
     const ledger_format::RowRecord& row = store_->row(id_.index);
-    return {ledger_format::LoadCounter(row.unique_pages),
-            ledger_format::LoadCounter(row.charged_pages)};
+    return {ledger_format::LoadWord(row.held_pages) - ledger_format::LoadWord(row.released_pages),
+            store_->charged_pages(id_)};
   }
 
  private:
   void Set(uint64_t ledger_format::RowRecord::*figure, uint64_t pages) {
-    if (store_->owns(id_)) ledger_format::StoreCounter(store_->row(id_.index).*figure, pages);
+    if (store_->owns(id_)) ledger_format::StoreWord(store_->row(id_.index).*figure, pages);
   }
 
   SharedLedger* const ledger_;  // outlives its rows: contract of Ledger::join()
   LedgerStore* const store_;    // the ledger's; it is not replaced while there are rows
   const LedgerStore::RowId id_;
-  std::atomic<uint64_t> held_pages_ =
-      0;  // what we did ourselves, whatever the file says; a mere sum
+  RowHolds holds_;
+  uint64_t held_pages_ = 0;  // what we did ourselves, whatever the file says
 };
 
 class SharedLedger final : public Ledger {
@@ -209,7 +208,7 @@ class SharedLedger final : public Ledger {
 };
 
 SharedLedgerRow::~SharedLedgerRow() {
-  MVGPU_CHECK(held_pages_.load() == 0);
+  MVGPU_CHECK(held_pages_ == 0);
   ledger_->Leave(id_);
 }
 

@@ -16,19 +16,22 @@ enum class DomainKind : uint32_t { kApiOnly = 1, kAssignedDevice = 2, kNested = 
 // domain holds and which of those it pays for. Over all rows of the VM every held page is paid for
 // exactly once.
 //
-// Thread-safe. The row must be empty when it is destroyed (checked); it leaves the ledger then.
+// One thread at a time may hold and release; whatever else may be called by any thread meanwhile.
+// The row must be empty when it is destroyed (checked); it leaves the ledger then.
 class LedgerRow {
  public:
   virtual ~LedgerRow() = default;
 
   // The domain now holds `pages` of the file (of `file_pages` pages in all), none of which it held
-  // before. Pages that no other row holds are charged to this one. Nothing is held on an error:
+  // before. Pages that no other row holds are charged to this one; for the others whoever pays goes
+  // on paying. Takes no lock but for the first pages in each 128 MiB of a file, and the first after
+  // another domain came or went. Nothing is held on an error:
   // kInvalid (beyond the file), kLimit (no room: too many files, file system full), kBusy (a
   // stopped process kept the ledger locked for 5 s), kRevoked (another process took this one for
   // dead and dropped the row), kCorrupt, kSystem.
   virtual Result<void> hold(const FileIdentity& file, uint64_t file_pages, PageRun pages) = 0;
   // REQUIRES: the domain holds all of `pages`. Where it pays for one that another row holds too,
-  // the charge moves to that row before this one lets go.
+  // the same store that ends its share makes that row pay.
   virtual void release(const FileIdentity& file, PageRun pages) = 0;
 
   // Figures for the reader of the accounts, one store each; they do not influence charges.
@@ -48,6 +51,9 @@ class LedgerRow {
     uint64_t unique_pages = 0;   // held by this row, by backing page
     uint64_t charged_pages = 0;  // of these, paid for by this row
   };
+  // Unique pages are a counter. Charged pages are counted out of the bits with the ledger's lock
+  // held, which takes the longer the more is held: below 1 ms for 64 GiB. Pages that rows take or
+  // let go of meanwhile may be in it or not, otherwise it is exact.
   virtual Counts counts() const = 0;
 };
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// The ledger file: <runtime dir>/<vm uuid>.ledger, version 1.
+// The ledger file: <runtime dir>/<vm uuid>.ledger, version 2.
 //
 // One file per VM, shared memory for every process with a domain of that VM. Little-endian; offsets
 // in bytes from the start of the file; segments aligned to 4096. The file is sparse: space is never
@@ -8,7 +8,7 @@
 //
 //   offset   size         what
 //   0        4096         LedgerHeader: magic, version, geometry, lock, sequence, end of space
-//   4096     64 x 256     RowRecord[64], one per domain: owner, name, figures
+//   4096     64 x 256     RowRecord[64], one per domain: owner, name, figures, changes
 //   20480    256 x 1024   FileRecord[256], one per backing file: identity, offsets of its segments
 //   282624   -            segments, in the order in which they were made
 //
@@ -21,21 +21,36 @@
 // allocated with fallocate() first, then its bit is set.
 //
 // Who holds, who pays
-//   - A row holds a page iff its bit is set. Nothing else says so: a crashed process's share is
-//     exactly its own bits, and dropping it means clearing them.
+//   - A row holds a page iff its bit is set. Nothing else says so, and only the row's own process
+//     writes it: a crashed process's share is exactly its own bits, and dropping it means clearing
+//     them.
 //   - A page's payer is a function of the file's contents, total and unique: the row that the payer
-//     byte names, if that row holds the page; else the lowest row that does.
-//   So a held page has exactly one payer after every single store, also where a process was killed
-//   between two stores, and the charge moves to the next holder by the store that clears the
-//   payer's bit. Payer bytes are written only where the lowest holder is not the one who pays, that
-//   is where a lower row came later. So pages with one holder cost one bit per page and owner and
-//   nothing else.
+//     byte names, if that row holds the page; else the lowest row that does. A byte that names a
+//     row which does not hold the page names nobody.
+//   So a held page has exactly one payer after every single store, whoever made it and wherever a
+//   process was killed, and the charge moves to the next holder by the store that clears the
+//   payer's bit. Payer bytes only make the charge stay where it is when a lower row comes later:
+//   they are written there and nowhere else. Pages with one holder cost one bit per page and owner
+//   and nothing else. word_protocol.h has the steps, and what is promised when two processes change
+//   one page at the same time.
 //
-// Changes are made with LedgerHeader::lock held, a process-shared, robust, priority-inheriting
-// mutex of the C library. `sequence` is odd meanwhile. When a process dies inside, the next one
-// that takes the lock drops the rows of the dead and counts all counters anew out of the bits.
-// Readers take no lock: they copy the file with pread(), and a copy with the same even sequence
-// before and after is exact. Otherwise it is off by the pages of the changes that were under way.
+// Changes, and the lock
+//   Holding and releasing takes no lock. A row announces each change: RowRecord::changes is odd
+//   while one is under way; it is exchanged, so that what the row reads next is as new as that. A
+//   change goes by what its process knows of the file's segments, if FileRecord::layout is still
+//   the same as when that was looked up.
+//   LedgerHeader::lock, a process-shared, robust, priority-inheriting mutex of the C library, is
+//   for what is rare: joining, leaving, room for bits, a new place for a segment. Who takes a
+//   segment away puts a new number into `layout` first, then waits until each row that had
+//   announced a change has finished it: then nobody uses the segment, and nobody will, because
+//   finding the new one takes the lock.
+//   `sequence` is odd while the lock is held. When a process dies inside, the next one that takes
+//   the lock drops the rows of the dead. There is nothing else to repair: no sum over rows is kept.
+//
+// Readers take no lock: they copy the file with pread(). A copy during which neither `sequence` nor
+// any row's `changes` moved is exact. In any other one a row's bits differ from those of a moment
+// within the read by no more pages than its counters say that it took or gave away meanwhile:
+// held_pages and released_pages only grow, each before the bits change.
 //
 // Liveness of a row's owner: (pid, start time) of a process of the same pid namespace. Whoever has
 // the ledger open also holds a shared flock() on it, so a ledger without any has no living owner at
@@ -51,7 +66,7 @@
 namespace mvgpu::domain::ledger_format {
 
 inline constexpr uint64_t kMagic = 0x52474c555047564d;  // "MVGPULGR" in memory
-inline constexpr uint32_t kVersion = 1;
+inline constexpr uint32_t kVersion = 2;
 inline constexpr uint32_t kPageShift = 12;
 inline constexpr uint64_t kAlignment = 4096;
 inline constexpr uint32_t kMaxRows = 64;
@@ -81,32 +96,32 @@ struct LedgerHeader {
 
   alignas(64) uint8_t lock[64];  // pthread_mutex_t
 
-  uint64_t sequence;    // odd while somebody changes the ledger
+  uint64_t sequence;    // odd while somebody holds the lock
   uint64_t end;         // end of the space given out; never above the file's size
   uint64_t next_token;  // see RowRecord::token
-  uint64_t repairs;     // how often a process died inside the lock
+  uint64_t repairs;     // how often a process died in the midst of a change or inside the lock
   uint32_t file_count;  // records of the file table in use or used before
   uint32_t lock_pid;    // who is inside the lock; 0: nobody
   uint64_t lock_start_time;
   uint64_t lock_pid_namespace;
-  uint8_t reserved2[3848];
+  uint64_t next_layout;  // see FileRecord::layout
+  uint8_t reserved2[3840];
 };
 
 enum RowState : uint32_t { kRowFree = 0, kRowActive = 1 };
 
 struct RowRecord {
-  uint32_t state;          // written last when a domain joins, first when its row is dropped
+  uint32_t state;          // written last, when a domain joins and when its row is dropped
   uint32_t kind;           // DomainKind
   uint32_t pid;            // in the namespace below
   uint32_t granule_pages;  // the largest of its pin back end; 1 at first
   uint64_t start_time;     // of the process, field 22 of /proc/PID/stat
   uint64_t pid_namespace;  // inode of /proc/PID/ns/pid; 0: unknown
-  uint64_t token;        // differs for every join: a row that was dropped is not its former owner's
-  char name[56];         // zero-terminated
-  char pin_backend[24];  // zero-terminated
-  uint8_t reserved1[8];
+  char name[56];           // zero-terminated
+  char pin_backend[24];    // zero-terminated
+  uint8_t reserved1[16];
 
-  // Written by the owner alone, without the lock.
+  // Figures, written by the owner alone.
   alignas(64) uint64_t mapped_pages;
   uint64_t pinned_pages;
   uint64_t locked_pages;
@@ -114,10 +129,14 @@ struct RowRecord {
   uint64_t area_budget;   // how many of those the pin back end allows itself; 0: no limit
   uint8_t reserved2[24];
 
-  // Written with the lock held; what the bits say.
-  alignas(64) uint64_t unique_pages;
-  uint64_t charged_pages;
-  uint8_t reserved3[48];
+  // Changes of bits. Written by the owner alone, but for the token.
+  alignas(64) uint64_t changes;  // 2 for each hold and release; odd while one is under way
+  uint64_t held_pages;           // bits set since the row joined
+  uint64_t released_pages;       // bits cleared since then
+  // Differs for every join: a row that was dropped is not its former owner's. 0 first of all when
+  // a row is dropped.
+  uint64_t token;
+  uint8_t reserved3[32];
 };
 
 enum FileState : uint32_t { kFileFree = 0, kFileUsed = 1 };
@@ -129,11 +148,11 @@ struct FileRecord {
   uint64_t inode;
   uint64_t pages;          // the largest size that a row told
   uint64_t holder_rows;    // bit r: hold_segment[r] counts
-  uint64_t held_pages;     // sum over rows; 0: the record may be given to another file
+  uint64_t layout;         // differs after each change of what is below, in all of the ledger
   uint64_t payer_segment;  // 0: none
   uint64_t reserved2;
-  uint64_t
-      hold_segment[kMaxRows];  // 0: none. Stays when a row leaves, for the next row of that number
+  // 0: none. Stays when a row leaves, for the next row of that number.
+  uint64_t hold_segment[kMaxRows];
   uint8_t reserved3[448];
 };
 
@@ -179,11 +198,14 @@ static_assert(offsetof(LedgerHeader, sequence) == 192);
 static_assert(offsetof(LedgerHeader, end) == 200);
 static_assert(offsetof(LedgerHeader, file_count) == 224);
 static_assert(sizeof(RowRecord) == 256);
-static_assert(offsetof(RowRecord, name) == 40);
+static_assert(offsetof(LedgerHeader, next_layout) == 248);
+static_assert(offsetof(RowRecord, name) == 32);
 static_assert(offsetof(RowRecord, mapped_pages) == 128);
-static_assert(offsetof(RowRecord, unique_pages) == 192);
+static_assert(offsetof(RowRecord, changes) == 192);
+static_assert(offsetof(RowRecord, token) == 216);
 static_assert(kFileTable == kRowTable + kMaxRows * sizeof(RowRecord));
 static_assert(sizeof(FileRecord) == 1024);
+static_assert(offsetof(FileRecord, layout) == 40);
 static_assert(offsetof(FileRecord, hold_segment) == 64);
 static_assert(kSegments == kFileTable + kMaxFiles * sizeof(FileRecord));
 static_assert(kSegments % kAlignment == 0);
@@ -195,13 +217,14 @@ static_assert(std::is_trivially_copyable_v<LedgerHeader> &&
 static_assert(std::atomic_ref<uint64_t>::is_always_lock_free,
               "counters are shared between processes");
 
-// Counters that a thread without the lock may look at meanwhile. Relaxed: each is a figure of its
-// own and orders nothing.
-inline uint64_t LoadCounter(const uint64_t& counter) {
-  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(counter)).load(std::memory_order_relaxed);
+// Words that others may look at meanwhile. Relaxed: each is a fact of its own and orders nothing.
+template <typename T>
+inline T LoadWord(const T& word) {
+  return std::atomic_ref<T>(const_cast<T&>(word)).load(std::memory_order_relaxed);
 }
-inline void StoreCounter(uint64_t& counter, uint64_t value) {
-  std::atomic_ref<uint64_t>(counter).store(value, std::memory_order_relaxed);
+template <typename T>
+inline void StoreWord(T& word, T value) {
+  std::atomic_ref<T>(word).store(value, std::memory_order_relaxed);
 }
 
 }  // namespace mvgpu::domain::ledger_format

@@ -72,6 +72,7 @@ Result<std::unique_ptr<LedgerMemory>> LedgerMemory::Create(UniqueFd fd, std::str
   std::memcpy(header.vm_uuid, vm_uuid.data(), vm_uuid.size());
   header.end = ledger_format::kSegments;
   header.next_token = 1;
+  header.next_layout = 1;
   MVGPU_RETURN_IF_ERROR(InitializeLock(header.lock));
   header.magic = ledger_format::kMagic;
   return memory;
@@ -157,7 +158,8 @@ Result<uint64_t> LedgerMemory::add_segment(uint32_t kind, unsigned file, unsigne
   return offset;
 }
 
-std::optional<LedgerSegment> LedgerMemory::segment(uint64_t offset, uint32_t kind) const {
+std::optional<LedgerSegment> LedgerMemory::segment(uint64_t offset, uint32_t kind, unsigned file,
+                                                   unsigned row) const {
   const uint64_t end = std::min(header().end, ledger_format::kMaxFileBytes);
   if (offset < ledger_format::kSegments || offset % ledger_format::kAlignment != 0 ||
       offset > end || end - offset < ledger_format::kAlignment) {
@@ -165,13 +167,14 @@ std::optional<LedgerSegment> LedgerMemory::segment(uint64_t offset, uint32_t kin
   }
   auto* head = reinterpret_cast<SegmentHeader*>(base_ + offset);
   const uint64_t pages = head->pages;
-  if (head->magic != ledger_format::kSegmentMagic || head->kind != kind || pages == 0 ||
-      pages > ledger_format::kMaxPagesPerFile) {
+  if (head->magic != ledger_format::kSegmentMagic || head->kind != kind || head->file != file ||
+      head->row != row || pages == 0 || pages > ledger_format::kMaxPagesPerFile) {
     return std::nullopt;
   }
   const ledger_format::SegmentGeometry geometry = ledger_format::GeometryOf(kind, pages);
   if (geometry.bytes > end - offset) return std::nullopt;
-  return LedgerSegment{head, base_ + offset + geometry.data, geometry.chunks};
+  return LedgerSegment{base_ + offset + geometry.data, reinterpret_cast<uint64_t*>(head + 1),
+                       geometry.chunks};
 }
 
 Result<void> LedgerMemory::make_present(const LedgerSegment& segment, uint64_t chunk) {
@@ -182,17 +185,14 @@ Result<void> LedgerMemory::make_present(const LedgerSegment& segment, uint64_t c
   }
   const auto at = static_cast<uint64_t>(segment.data - base_) + chunk * ledger_format::kChunkBytes;
   MVGPU_RETURN_IF_ERROR(allocate(at, ledger_format::kChunkBytes));
-  segment.directory()[chunk / 64] |= uint64_t{1} << (chunk % 64);
+  // Release: whoever sees it present finds it allocated.
+  std::atomic_ref<uint64_t>(segment.directory[chunk / 64])
+      .fetch_or(uint64_t{1} << (chunk % 64), std::memory_order_release);
   return {};
 }
 
 void LedgerMemory::discard(const LedgerSegment& segment) {
-  for (uint64_t chunk = 0; chunk < segment.chunks; ++chunk) {
-    if (std::byte* data = segment.chunk(chunk); data != nullptr) {
-      std::memset(data, 0, ledger_format::kChunkBytes);  // should the hole below not be possible
-    }
-  }
-  std::memset(segment.directory(), 0, (segment.chunks + 63) / 64 * sizeof(uint64_t));
+  std::memset(segment.directory, 0, (segment.chunks + 63) / 64 * sizeof(uint64_t));
   const auto at = static_cast<off_t>(segment.data - base_);
   const auto bytes = static_cast<off_t>(segment.chunks * ledger_format::kChunkBytes);
   // Best effort: without it the memory stays until the file goes.

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -15,25 +16,30 @@ namespace mvgpu::domain {
 
 // A segment of the ledger file, whose header was found to be in order. Points into the mapping.
 struct LedgerSegment {
-  ledger_format::SegmentHeader* header;
-  std::byte* data;
-  uint64_t chunks;
+  std::byte* data = nullptr;
+  uint64_t* directory = nullptr;
+  uint64_t chunks = 0;
 
+  // Acquire: a chunk that is present was allocated.
   bool present(uint64_t chunk) const {
-    return chunk < chunks && (directory()[chunk / 64] >> (chunk % 64) & 1) != 0;
+    return chunk < chunks &&
+           (std::atomic_ref<uint64_t>(directory[chunk / 64]).load(std::memory_order_acquire) >>
+                (chunk % 64) &
+            1) != 0;
   }
   // Null when the chunk is not there, that is all zero.
   std::byte* chunk(uint64_t index) const {
     return present(index) ? data + index * ledger_format::kChunkBytes : nullptr;
   }
-  uint64_t* directory() const { return reinterpret_cast<uint64_t*>(header + 1); }
+  // The same for chunks of hold segments.
+  uint64_t* words(uint64_t index) const { return reinterpret_cast<uint64_t*>(chunk(index)); }
 };
 
 // The mapped ledger file: its tables, and the space for segments. Knows nothing of locks, holds or
 // charges. Whatever is found in the file is checked before it is followed, so that a damaged file
 // cannot lead anywhere outside of it.
 //
-// REQUIRES of everything but the tables' counters: the ledger's lock is held.
+// REQUIRES of everything that changes anything: the ledger's lock is held.
 class LedgerMemory {
  public:
   // Lays out an empty file: tables, no rows, the lock ready. Errors: kLimit (file system full),
@@ -58,16 +64,24 @@ class LedgerMemory {
   unsigned file_count() const;
   Result<void> allocate_file_record(unsigned index);
 
-  // Makes an empty segment; returns its offset. Errors: kLimit (file system or ledger full),
-  // kSystem.
+  // Makes an empty segment of `pages` pages; returns its offset. Errors: kLimit (file system or
+  // ledger full), kSystem.
   Result<uint64_t> add_segment(uint32_t kind, unsigned file, unsigned row, uint64_t pages);
-  // nullopt when there is no segment of this kind at the offset.
-  std::optional<LedgerSegment> segment(uint64_t offset, uint32_t kind) const;
+  // nullopt when no such segment is at the offset; row is 0 for payer segments.
+  std::optional<LedgerSegment> segment(uint64_t offset, uint32_t kind, unsigned file,
+                                       unsigned row) const;
+  // What the file's record leads to. REQUIRES: file < file_count(), row < kMaxRows.
+  std::optional<LedgerSegment> hold_segment(unsigned file, unsigned row) const {
+    return segment(this->file(file).hold_segment[row], ledger_format::kHoldSegment, file, row);
+  }
+  std::optional<LedgerSegment> payer_segment(unsigned file) const {
+    return segment(this->file(file).payer_segment, ledger_format::kPayerSegment, file, 0);
+  }
   // After this the chunk may be written. Errors: kLimit (file system full), kInvalid (no such
   // chunk).
   Result<void> make_present(const LedgerSegment& segment, uint64_t chunk);
-  // Makes the segment empty and gives its memory back. REQUIRES: all its data is zero, or not
-  // needed.
+  // Makes the segment empty and gives its memory back. REQUIRES: nobody else uses it any more, and
+  // all its data is zero, or nobody will use it again.
   void discard(const LedgerSegment& segment);
 
  private:

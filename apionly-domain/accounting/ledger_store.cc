@@ -11,6 +11,7 @@
 #include <optional>
 #include <utility>
 
+#include "apionly-domain/accounting/change_gate.h"
 #include "apionly-domain/accounting/file_holds.h"
 
 #if defined(__SANITIZE_THREAD__)
@@ -130,29 +131,19 @@ void LedgerStore::RepairLocked() {
     }
   }
   ReclaimLocked();
-  for (unsigned i = 0; i < ledger_format::kMaxRows; ++i) {
-    ledger_format::StoreCounter(memory_->row(i).unique_pages, 0);
-    ledger_format::StoreCounter(memory_->row(i).charged_pages, 0);
-  }
-  for (unsigned i = 0; i < memory_->file_count(); ++i) {
-    FileRecord& file = memory_->file(i);
-    if (file.state != ledger_format::kFileUsed) continue;
-    file.held_pages = 0;
-    FileHolds holds(*memory_, i);
-    holds.clear_stale_payers();
-    holds.count();
-  }
   ++header.repairs;
 }
 
 void LedgerStore::DropRowLocked(unsigned index) {
+  RowRecord& row = memory_->row(index);
+  if (ledger_format::LoadWord(row.changes) % 2 != 0) ++memory_->header().repairs;
+  ledger_format::StoreWord(row.token, uint64_t{0});
   for (unsigned i = 0; i < memory_->file_count(); ++i) {
     const FileRecord& file = memory_->file(i);
     if (file.state == ledger_format::kFileUsed && (file.holder_rows >> index & 1) != 0) {
       FileHolds(*memory_, i).drop(index);
     }
   }
-  RowRecord& row = memory_->row(index);
   Publish(row.state, static_cast<uint32_t>(ledger_format::kRowFree));
 }
 
@@ -204,13 +195,6 @@ unsigned LedgerStore::remove_row(RowId id) {
   return ReclaimLocked();
 }
 
-bool LedgerStore::owns(RowId id) const {
-  const RowRecord& row = memory_->row(id.index);
-  return std::atomic_ref<uint32_t>(const_cast<uint32_t&>(row.state)).load() ==
-             ledger_format::kRowActive &&
-         ledger_format::LoadCounter(row.token) == id.token;
-}
-
 std::optional<unsigned> LedgerStore::FindFileLocked(const FileIdentity& identity) const {
   for (unsigned i = 0; i < memory_->file_count(); ++i) {
     const FileRecord& file = memory_->file(i);
@@ -220,6 +204,17 @@ std::optional<unsigned> LedgerStore::FindFileLocked(const FileIdentity& identity
     }
   }
   return std::nullopt;
+}
+
+// True if nothing of the file is held: then nobody knows the record any more.
+bool LedgerStore::FreeFileLocked(unsigned index) {
+  FileHolds holds(*memory_, index);
+  if (!holds.is_empty()) return false;  // most are not, and are left undisturbed
+  StopChanges(*memory_, index);
+  if (!ChangesFinished(*memory_) || !holds.is_empty()) return false;
+  holds.reset();
+  Publish(memory_->file(index).state, static_cast<uint32_t>(ledger_format::kFileFree));
+  return true;
 }
 
 // A record that was never used, or one of a file of which nothing is held any more.
@@ -232,13 +227,7 @@ Result<unsigned> LedgerStore::FreeFileRecordLocked() {
     return count;
   }
   for (unsigned i = 0; i < count; ++i) {
-    FileRecord& file = memory_->file(i);
-    if (file.held_pages != 0) continue;
-    for (unsigned row = 0; row < ledger_format::kMaxRows; ++row) {
-      if ((file.holder_rows >> row & 1) != 0) FileHolds(*memory_, i).drop(row);
-    }
-    Publish(file.state, static_cast<uint32_t>(ledger_format::kFileFree));
-    return i;
+    if (memory_->file(i).state == ledger_format::kFileFree || FreeFileLocked(i)) return i;
   }
   return Fail(ErrorCode::kLimit,
               fmt::format("{} accounts for {} files already and pages of all of them are held",
@@ -256,20 +245,13 @@ Result<unsigned> LedgerStore::FindOrAddFileLocked(const FileIdentity& identity, 
   file.device = identity.device;
   file.inode = identity.inode;
   file.pages = pages;
+  StopChanges(*memory_, index);  // gives it a layout that it never had
   Publish(file.state, static_cast<uint32_t>(ledger_format::kFileUsed));
   return index;
 }
 
-Result<void> LedgerStore::hold(RowId id, const FileIdentity& file, uint64_t file_pages,
-                               PageRun pages) {
-  const auto end = CheckedAdd(pages.first, pages.count);
-  if (!end || *end > file_pages || file_pages > ledger_format::kMaxPagesPerFile) {
-    return Fail(
-        ErrorCode::kInvalid,
-        fmt::format("{} pages from page {} of a file of {} pages; at most {} can be accounted",
-                    pages.count, pages.first, file_pages, ledger_format::kMaxPagesPerFile));
-  }
-  if (pages.count == 0) return {};
+Result<FileView> LedgerStore::make_room(RowId id, const FileIdentity& file, uint64_t file_pages,
+                                        PageRun pages) {
   MVGPU_ASSIGN_OR_RETURN(const Guard guard, Lock());
   if (!owns(id)) {
     return Fail(ErrorCode::kRevoked,
@@ -278,15 +260,27 @@ Result<void> LedgerStore::hold(RowId id, const FileIdentity& file, uint64_t file
   }
   MVGPU_ASSIGN_OR_RETURN(const unsigned index, FindOrAddFileLocked(file, file_pages));
   FileHolds holds(*memory_, index);
-  MVGPU_RETURN_IF_ERROR(holds.prepare(id.index, pages));
-  holds.hold(id.index, pages);
-  return {};
+  MVGPU_RETURN_IF_ERROR(holds.make_room(id.index, pages));
+  return holds.view_of(id.index);
 }
 
-void LedgerStore::release(RowId id, const FileIdentity& file, PageRun pages) {
+std::optional<FileView> LedgerStore::look_up(RowId id, const FileIdentity& file) {
   std::optional<Guard> guard;
-  if (pages.count == 0 || !LockForRelease(guard) || !owns(id)) return;
-  if (const auto index = FindFileLocked(file)) FileHolds(*memory_, *index).release(id.index, pages);
+  if (!LockForRelease(guard) || !owns(id)) return std::nullopt;
+  const auto index = FindFileLocked(file);
+  if (!index) return std::nullopt;
+  return FileHolds(*memory_, *index).view_of(id.index);
+}
+
+uint64_t LedgerStore::charged_pages(RowId id) {
+  std::optional<Guard> guard;
+  if (!LockForRelease(guard) || !owns(id)) return 0;
+  uint64_t pages = 0;
+  for (unsigned i = 0; i < memory_->file_count(); ++i) {
+    if (memory_->file(i).state != ledger_format::kFileUsed) continue;
+    pages += FileHolds(*memory_, i).charged_pages(id.index);
+  }
+  return pages;
 }
 
 }  // namespace mvgpu::domain

@@ -7,6 +7,7 @@
 #include <string_view>
 #include <utility>
 
+#include "apionly-domain/accounting/file_view.h"
 #include "apionly-domain/accounting/ledger_memory.h"
 #include "apionly-domain/accounting/process_info.h"
 #include "apionly-domain/base/address.h"
@@ -15,12 +16,11 @@
 
 namespace mvgpu::domain {
 
-// What happens to the contents of one ledger, each operation with the ledger's lock held: rows come
-// and go, pages are held and released, and what a dead process left is put in order.
+// What happens to a ledger with its lock held: rows come and go, room is made for bits, and what a
+// dead process left is put in order. Holding and releasing goes without it: row_holds.h.
 //
-// A process that dies inside an operation leaves the lock to the next one, which repairs: it drops
-// the rows of the dead, clears payer bytes that name nobody, and counts every counter out of the
-// bits.
+// A process that dies inside an operation leaves the lock to the next one, which drops the rows of
+// the dead. Rows of processes that died elsewhere are dropped when somebody opens, joins or leaves.
 //
 // Thread-safe, within and among processes. Not to be used in a child after fork(): open the ledger
 // there.
@@ -48,14 +48,22 @@ class LedgerStore {
   // Drops the row with all it holds; the number of rows that remain.
   unsigned remove_row(RowId id);
 
-  // Errors: kInvalid (beyond the file), kLimit, kBusy (the lock was not to be had for 5 s),
-  // kRevoked (the row was dropped), kCorrupt, kSystem. Nothing is held then.
-  Result<void> hold(RowId id, const FileIdentity& file, uint64_t file_pages, PageRun pages);
-  void release(RowId id, const FileIdentity& file, PageRun pages);
+  // Makes room for the row holding these pages, so that it need not take the lock for that.
+  // Errors: kLimit, kBusy (the lock was not to be had for 5 s), kRevoked (the row was dropped),
+  // kCorrupt, kSystem.
+  Result<FileView> make_room(RowId id, const FileIdentity& file, uint64_t file_pages,
+                             PageRun pages);
+  // Where the bits are now. nullopt when the row or the file is not there any more.
+  std::optional<FileView> look_up(RowId id, const FileIdentity& file);
+  // For how many pages the row pays, by its bits and those of the others: takes the longer the more
+  // it holds.
+  uint64_t charged_pages(RowId id);
 
-  // The figures of a row; atomics, no lock. Only while the row is ours.
+  // Without the lock, for the words that are atomic.
   ledger_format::RowRecord& row(unsigned index) const { return memory_->row(index); }
-  bool owns(RowId id) const;
+  bool owns(RowId id) const {
+    return ledger_format::LoadWord(memory_->row(id.index).token) == id.token;
+  }
 
   const std::string& path() const { return memory_->path(); }
   int fd() const { return memory_->fd(); }
@@ -86,6 +94,7 @@ class LedgerStore {
   std::optional<unsigned> FindFileLocked(const FileIdentity& file) const;
   Result<unsigned> FindOrAddFileLocked(const FileIdentity& file, uint64_t pages);
   Result<unsigned> FreeFileRecordLocked();
+  bool FreeFileLocked(unsigned index);
 
   const std::unique_ptr<LedgerMemory> memory_;
   const ProcessId self_;

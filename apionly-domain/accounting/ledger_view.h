@@ -8,7 +8,8 @@
 //
 // While others change the ledger a copy may show numbers in motion. The read is repeated a few
 // times to get a quiet one; if there is none, `in_motion` is set and figures may be off by the
-// pages of the changes that were under way.
+// pages of the changes that were under way. That stays checkable: least_ and most_unique_pages say
+// within which bounds a row's bits must be, whatever its owner did during the read.
 
 #include <cstdint>
 #include <string>
@@ -37,17 +38,18 @@ struct LedgerSnapshot {
     uint64_t locked_pages = 0;
     uint64_t locked_areas = 0;
     uint64_t area_budget = 0;
-    // The ledger's counters, and what the bits say.
+    // What the bits say.
     uint64_t unique_pages = 0;
     uint64_t charged_pages = 0;
-    uint64_t counted_unique_pages = 0;
-    uint64_t counted_charged_pages = 0;
+    // What the owner's counters say of unique_pages. Everything is possible for an owner that died
+    // or was stopped in the midst of a change.
+    uint64_t least_unique_pages = 0;
+    uint64_t most_unique_pages = UINT64_MAX;
   };
   struct File {
     FileIdentity identity;
     uint64_t pages = 0;
     uint64_t unique_pages = 0;        // held by any row
-    uint64_t stale_payers = 0;        // payer bytes that name a row which does not hold the page
     uint64_t pages_beyond_end = 0;    // held, but the file is shorter
     uint64_t pages_of_free_rows = 0;  // held by rows that nobody has
   };
@@ -60,7 +62,7 @@ struct LedgerSnapshot {
   std::vector<File> files;    // of which a row held something since it joined
   uint64_t unique_pages = 0;  // of the VM: the union over rows
 
-  // By the counters of the rows; equal to unique_pages when the ledger is in order.
+  // Of all rows; equal to unique_pages when the ledger is in order.
   uint64_t charged_pages() const;
 };
 
@@ -76,7 +78,8 @@ Result<LedgerSnapshot> ReadLedgerFile(int fd, const std::string& path, const std
 Result<void> CheckLedgerFile(int fd, const std::string& path, const std::string& vm_uuid);
 
 // One line for each invariant that the ledger breaks; empty when it is in order. A row of a dead
-// process is no such thing: it is dropped when the next domain joins.
+// process is no such thing: it is dropped when the next domain joins. Of a ledger in motion only
+// the bounds of rows are checked.
 std::vector<std::string> ProblemsOf(const LedgerSnapshot& snapshot);
 
 }  // namespace mvgpu::domain

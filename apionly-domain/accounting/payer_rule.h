@@ -1,8 +1,8 @@
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <cstring>
+#include <span>
 
 namespace mvgpu::domain {
 
@@ -34,6 +34,30 @@ inline void DividePages(const uint8_t* rows, const uint64_t* held, unsigned coun
   }
 }
 
-inline uint64_t CountPages(uint64_t bits) { return static_cast<uint64_t>(std::popcount(bits)); }
+// std::popcount() without a table in memory or an instruction that not every processor has.
+inline uint64_t CountPages(uint64_t bits) {
+  bits -= bits >> 1 & 0x5555555555555555;
+  bits = (bits & 0x3333333333333333) + (bits >> 2 & 0x3333333333333333);
+  bits = (bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0f;
+  return bits * 0x0101010101010101 >> 56;
+}
+// The same for many words: 16 at a time are added up byte by byte, which compilers make vectors of.
+inline uint64_t CountPages(std::span<const uint64_t> words) {
+  uint64_t pages = 0;
+  while (words.size() >= 16) {
+    uint64_t bytes = 0;  // at most 16 * 8 in each
+    for (size_t i = 0; i < 16; ++i) {
+      uint64_t bits = words[i];
+      bits -= bits >> 1 & 0x5555555555555555;
+      bits = (bits & 0x3333333333333333) + (bits >> 2 & 0x3333333333333333);
+      bytes += (bits + (bits >> 4)) & 0x0f0f0f0f0f0f0f0f;
+    }
+    const uint64_t pairs = (bytes & 0x00ff00ff00ff00ff) + (bytes >> 8 & 0x00ff00ff00ff00ff);
+    pages += pairs * 0x0001000100010001 >> 48;
+    words = words.subspan(16);
+  }
+  for (const uint64_t bits : words) pages += CountPages(bits);
+  return pages;
+}
 
 }  // namespace mvgpu::domain

@@ -12,8 +12,8 @@ enum AuditExit {
   kAuditProblem = 1,   // the question was answered, and the answer is bad news
   kAuditUsage = 2,     // command line
   kAuditNoSuchVm = 3,  // the VM that --vm names has no ledger
-  kAuditUnreadable =
-      4,  // a ledger or the runtime directory could not be read, or stdout not written
+  // A ledger or the runtime directory could not be read, or stdout not be written.
+  kAuditUnreadable = 4,
 };
 
 // One line on stderr. Answers the exit code, for `return Complain(...)`.

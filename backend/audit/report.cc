@@ -174,7 +174,7 @@ Result<AuditReport::Vm> ReadVm(const domain::RuntimeDir& dir, const std::string&
     vm.kernel.push_back(row.liveness == Liveness::kAlive ? domain::KernelCountersOf(row.owner)
                                                          : std::nullopt);
   }
-  if (!vm.ledger.in_motion) vm.problems = domain::ProblemsOf(vm.ledger);
+  vm.problems = domain::ProblemsOf(vm.ledger);
   return vm;
 }
 

@@ -1,9 +1,13 @@
 #include "apionly-domain/accounting/ledger.h"
 
 #include <fcntl.h>
+#include <pthread.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/resource.h>
 
+#include <chrono>
+#include <cstddef>
 #include <thread>
 #include <vector>
 
@@ -332,6 +336,40 @@ TEST_F(LedgerTest, ThreadsOfOneProcessMayShareAllOfIt) {
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(Look().unique_pages, 0u);
   ExpectInOrder();
+}
+
+TEST_F(LedgerTest, HoldsAndReleasesDoNotWaitForWhoeverHasTheLock) {
+  auto ledger = Open();
+  auto a = Join(*ledger);
+  auto b = Join(*ledger);
+  for (LedgerRow* row : {a.get(), b.get()}) {
+    ASSERT_THAT(row->hold(kRam, 1000, {0, 10}), IsOk());
+    ASSERT_THAT(row->hold(kRam, 1000, {100, 10}), IsOk());
+  }
+  // Now there is room for the bits of both and for payer bytes.
+  for (LedgerRow* row : {b.get(), a.get()}) ASSERT_THAT(row->hold(kRam, 1000, {999, 1}), IsOk());
+  for (LedgerRow* row : {b.get(), a.get()}) row->release(kRam, {999, 1});
+  const UniqueFd file(open(path().c_str(), O_RDWR | O_CLOEXEC));
+  void* header = mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+  ASSERT_NE(header, MAP_FAILED);
+  auto* lock = reinterpret_cast<pthread_mutex_t*>(static_cast<std::byte*>(header) + 128);
+  ASSERT_EQ(pthread_mutex_lock(lock), 0);
+  const auto start = std::chrono::steady_clock::now();
+  b->release(kRam, {0, 10});
+  EXPECT_THAT(b->hold(kRam, 1000, {200, 300}), IsOk());
+  EXPECT_THAT(a->hold(kRam, 1000, {200, 300}), IsOk());
+  a->release(kRam, {200, 300});
+  b->release(kRam, {200, 300});
+  // Those that need the lock wait for 5 s.
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(4));
+  ASSERT_EQ(pthread_mutex_unlock(lock), 0);
+  munmap(header, 4096);
+  EXPECT_EQ(a->counts(), (Counts{20, 20}));
+  EXPECT_EQ(b->counts(), (Counts{10, 0}));
+  ExpectInOrder();
+  a->release(kRam, {0, 10});
+  a->release(kRam, {100, 10});
+  b->release(kRam, {100, 10});
 }
 
 TEST_F(LedgerTest, DirectoryIsMadeForThisUserOnly) {

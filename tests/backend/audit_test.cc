@@ -197,12 +197,97 @@ TEST_F(AuditTest, BrokenInvariantsAreWarnedOf) {
   auto row = Join(*ledger);
   const UniqueFd file(open(path().c_str(), O_RDWR | O_CLOEXEC));
   const uint64_t seven = 7;
-  ASSERT_EQ(pwrite(file.get(), &seven, 8, 4096 + 192),
-            8);  // unique_pages of row 0, ledger_format.h
+  // held_pages of row 0, ledger_format.h
+  ASSERT_EQ(pwrite(file.get(), &seven, 8, 4096 + 200), 8);
   const Outcome outcome = Show();
   EXPECT_EQ(outcome.exit_code, 0);
   EXPECT_THAT(outcome.out, HasSubstr("warning: row 0 (domain) counts 7 unique pages but holds 0"));
   EXPECT_EQ(ShowJson()["vms"][0]["consistent"], false);
+}
+
+// Pages of a file that this process has mapped, held by a row of it.
+class AuditVerifyTest : public AuditTest {
+ protected:
+  AuditVerifyTest() : ledger_(Open()), row_(Join(*ledger_, "vgpu")) {
+    const UniqueFd file(memfd_create("ram", MFD_CLOEXEC));
+    EXPECT_EQ(ftruncate(file.get(), kBytes), 0);
+    struct stat st = {};
+    EXPECT_EQ(fstat(file.get(), &st), 0);
+    ram_ = {st.st_dev, st.st_ino};
+    memory_ = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_SHARED, file.get(), 0);
+    EXPECT_NE(memory_, MAP_FAILED);
+    EXPECT_THAT(row_->hold(ram_, kBytes / 4096, {0, 10}), IsOk());
+  }
+  ~AuditVerifyTest() override {
+    row_->release(ram_, {0, 10});
+    munmap(memory_, kBytes);
+  }
+  Outcome Verify(const std::string& options = "") const {
+    return Run("verify --runtime-dir=" + dir_ + " " + options);
+  }
+  void ExpectWrong(const std::string& message, const std::string& kind) const {
+    const Outcome outcome = Verify();
+    EXPECT_EQ(outcome.exit_code, 1);
+    EXPECT_THAT(outcome.out, MatchesRegex(std::string("vm ") + kVm + ": [^\n]*\n"));
+    EXPECT_THAT(outcome.out, HasSubstr(message));
+    const Outcome json_outcome = Verify("--json");
+    EXPECT_EQ(json_outcome.exit_code, 1);
+    const auto json = nlohmann::json::parse(json_outcome.out, nullptr, false);
+    ASSERT_FALSE(json.is_discarded()) << json_outcome.out;
+    EXPECT_EQ(json["ok"], false);
+    ASSERT_EQ(json["findings"].size(), 1u);
+    EXPECT_EQ(json["findings"][0]["vm"], kVm);
+    EXPECT_EQ(json["findings"][0]["kind"], kind);
+    EXPECT_THAT(json["findings"][0]["message"].get<std::string>(), HasSubstr(message));
+  }
+
+  static constexpr size_t kBytes = 1 << 20;
+  std::unique_ptr<Ledger> ledger_;
+  std::unique_ptr<LedgerRow> row_;
+  FileIdentity ram_;
+  void* memory_ = nullptr;
+};
+
+TEST_F(AuditVerifyTest, AccountsThatAreRightAreNotSpokenOf) {
+  ASSERT_EQ(syscall(SYS_mlock, memory_, 40960), 0);  // sanitizers replace mlock()
+  row_->set_locked_pages(10);
+  const Outcome outcome = Verify();
+  EXPECT_EQ(outcome.exit_code, 0) << outcome.out;
+  EXPECT_THAT(outcome.out, IsEmpty());
+  EXPECT_THAT(outcome.err, IsEmpty());
+  EXPECT_EQ(nlohmann::json::parse(Verify("--json").out)["ok"], true);
+  EXPECT_EQ(Verify("--vm=12345678-0000-4000-8000-000000000000").exit_code, 3);
+}
+
+TEST_F(AuditVerifyTest, LockedPagesThatTheKernelDoesNotCountAreFound) {
+  row_->set_locked_pages(uint64_t{1} << 40);
+  ExpectWrong("row 0 (vgpu): process " + std::to_string(getpid()) + " says that ", "not_locked");
+}
+
+TEST_F(AuditVerifyTest, RowOfADeadProcessIsFound) {
+  const pid_t child = Fork([&] {
+    auto ledger = Ledger::Open({dir_, kVm});
+    auto row = (*ledger)->join(DomainKind::kApiOnly, "gone", "none");
+    if ((*row)->hold(ram_, kBytes / 4096, {5, 10})) kill(getpid(), SIGKILL);
+  });
+  int status = 0;
+  ASSERT_EQ(waitpid(child, &status, 0), child);
+  ASSERT_TRUE(WIFSIGNALED(status));
+  ExpectWrong("row 1 (gone) holds 10 pages for process " + std::to_string(child), "dead_owner");
+}
+
+TEST_F(AuditVerifyTest, FileThatNobodyMapsAnyMoreIsFound) {
+  ASSERT_THAT(row_->hold(kOtherRam, 100, {7, 3}), IsOk());
+  ExpectWrong("3 pages of file 1:101 are held", "not_mapped");
+  row_->release(kOtherRam, {7, 3});
+}
+
+TEST_F(AuditVerifyTest, BitsThatTheOwnerDidNotCountAreFound) {
+  const UniqueFd file(open(path().c_str(), O_RDWR | O_CLOEXEC));
+  const uint64_t seven = 7;
+  // held_pages of row 0, ledger_format.h
+  ASSERT_EQ(pwrite(file.get(), &seven, 8, 4096 + 200), 8);
+  ExpectWrong("row 0 (vgpu) counts 7 unique pages but holds 10", "ledger");
 }
 
 TEST_F(AuditTest, ReadingChangesNothing) {

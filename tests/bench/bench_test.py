@@ -24,6 +24,13 @@ TOPICS = {
     "memory ": 2,
     "map + unmap of 2 MiB, ": 6,
 }
+ACCOUNTS = {
+    "charge + release, 64 pages that ": 2,
+    "charge + release, one random page": 2,
+    "memory per page and owner": 1,
+    "memory per shared page": 1,
+    "reading, ": 1,
+}
 # Where a process may not use io_uring the row says so instead of figures.
 MAY_FAIL = "io-uring"
 
@@ -32,10 +39,12 @@ def bench(*arguments):
     return subprocess.run([bench.path, *arguments], capture_output=True, text=True, timeout=100)
 
 
-class TheDomainTable(unittest.TestCase):
+class TableChecks:
+    """What is true of every table. `table` and `topics` are the class's own."""
+
     @classmethod
     def setUpClass(cls):
-        done = bench("--table=domain", "--quick", "--json")
+        done = bench(f"--table={cls.table}", "--quick", "--json")
         assert done.returncode == 0, done.stderr
         cls.report = json.loads(done.stdout)
 
@@ -45,7 +54,7 @@ class TheDomainTable(unittest.TestCase):
         self.assertGreaterEqual(machine["cores"], 1)
 
     def test_has_every_line_of_the_speed_table(self):
-        for topic, count in TOPICS.items():
+        for topic, count in self.topics.items():
             found = [row["name"] for row in self.report["rows"]
                      if row["name"].startswith(topic) and row["target"] is not None]
             self.assertEqual(len(found), count, (topic, found))
@@ -67,6 +76,20 @@ class TheDomainTable(unittest.TestCase):
             met = (row["median"] <= row["target"]["at_most"] if "at_most" in row["target"]
                    else row["median"] >= row["target"]["at_least"])
             self.assertEqual(row["ok"], met, row)
+
+
+class TheDomainTable(TableChecks, unittest.TestCase):
+    table = "domain"
+    topics = TOPICS
+
+
+class TheAccountsTable(TableChecks, unittest.TestCase):
+    table = "accounts"
+    topics = ACCOUNTS
+
+    def test_a_page_costs_an_owner_one_bit(self):
+        row = next(row for row in self.report["rows"] if row["name"].startswith("memory per page"))
+        self.assertLessEqual(row["median"], 1)
 
 
 class TheCommandLine(unittest.TestCase):

@@ -1,5 +1,10 @@
 #include "tests/bench/harness.h"
 
+#include <pthread.h>
+#include <sched.h>
+
+#include <thread>
+
 namespace mvgpu::bench {
 
 namespace {
@@ -17,6 +22,13 @@ void SetFigures(const std::vector<double>& figures, Row* row) {
 }
 
 }  // namespace
+
+void StayOn(size_t cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu % std::thread::hardware_concurrency(), &set);
+  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
+}
 
 bool Row::meets_target() const {
   if (!failure.empty()) return false;

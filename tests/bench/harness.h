@@ -132,6 +132,9 @@ class Lazy {
   std::unique_ptr<T> value_;
 };
 
+// Keeps the calling thread on one processor of those that there are.
+void StayOn(size_t cpu);
+
 // Makes the compiler believe that a value is used.
 inline void Keep(uint64_t value) { asm volatile("" : : "r"(value)); }
 

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "tests/bench/accounts_table.h"
 #include "tests/bench/domain_table.h"
 #include "tests/bench/harness.h"
 #include "tests/bench/report.h"
@@ -34,7 +35,11 @@ int Run(const Options& options) {
     fmt::print("{}", LineOf(row));
     std::fflush(stdout);
   });
-  MeasureDomain(&table);
+  if (options.table == "accounts") {
+    MeasureAccounts(&table);
+  } else {
+    MeasureDomain(&table);
+  }
   if (table.rows().empty()) {
     fmt::print(stderr, "mvgpu-bench: --rows: no row of table {} has '{}' in its name\n",
                options.table, options.settings.rows);
@@ -51,7 +56,7 @@ int Main(int argc, char** argv) {
   app.footer(kExitCodes);
   Options options;
   app.add_option("--table", options.table, "which table")
-      ->check(CLI::IsMember({"domain"}))
+      ->check(CLI::IsMember({"domain", "accounts"}))
       ->capture_default_str();
   app.add_flag("--json", options.json, "one JSON object instead of a table");
   app.add_option("--rows", options.settings.rows, "only rows with this in their names")

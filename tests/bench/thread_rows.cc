@@ -1,6 +1,4 @@
 #include <fmt/format.h>
-#include <pthread.h>
-#include <sched.h>
 
 #include <array>
 #include <atomic>
@@ -45,13 +43,6 @@ struct Subject {
   std::array<PageSlices, kThreads> everywhere;
   std::array<PageSlices, kThreads> halves;
 };
-
-void StayOn(size_t cpu) {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(cpu % std::thread::hardware_concurrency(), &set);
-  pthread_setaffinity_np(pthread_self(), sizeof set, &set);
-}
 
 // Runs work(thread) in `count` threads, each on a processor of its own, at the same time. Returns
 // the ns from the start until the last one is done, for each of `units` units of work.

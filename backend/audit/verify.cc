@@ -1,0 +1,139 @@
+#include "backend/audit/verify.h"
+
+#include <fmt/format.h>
+#include <sys/sysmacros.h>
+
+#include <algorithm>
+#include <cinttypes>
+#include <cstdio>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <utility>
+
+namespace mvgpu::backend {
+
+using domain::FileIdentity;
+using domain::LedgerSnapshot;
+using domain::Liveness;
+
+namespace {
+
+using MappedFiles = std::set<std::pair<uint64_t, uint64_t>>;  // device, inode
+
+// proc(5): address perms offset major:minor inode path. False when the process may not be looked
+// at.
+bool AddMappedFiles(uint32_t pid, MappedFiles& files) {
+  std::ifstream maps(fmt::format("/proc/{}/maps", pid));
+  if (!maps.is_open()) return false;
+  for (std::string line; std::getline(maps, line);) {
+    unsigned major = 0;
+    unsigned minor = 0;
+    uint64_t inode = 0;
+    if (std::sscanf(line.c_str(), "%*s %*s %*s %x:%x %" SCNu64, &major, &minor, &inode) == 3) {
+      files.insert({makedev(major, minor), inode});
+    }
+  }
+  return maps.eof();
+}
+
+void CheckOwners(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
+  for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
+    if (row.liveness != Liveness::kDead) continue;
+    findings.push_back({Finding::Kind::kDeadOwner, vm.ledger.vm_uuid, row.index,
+                        fmt::format("row {} ({}) holds {} pages for process {}, which is dead",
+                                    row.index, row.name, row.unique_pages, row.owner.pid)});
+  }
+}
+
+// The kernel counts by process; one may have several domains.
+void CheckLocked(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
+  const auto check = [&](size_t first, std::string_view backend, std::string_view name,
+                         uint64_t kernel_kb) {
+    const LedgerSnapshot::Row& row = vm.ledger.rows[first];
+    uint64_t locked = 0;
+    for (const LedgerSnapshot::Row& other : vm.ledger.rows) {
+      if (!(other.owner == row.owner) || other.pin_backend != backend) continue;
+      if (other.index < row.index) return;  // said at the first row of the process
+      locked += other.locked_pages;
+    }
+    if (row.pin_backend != backend || BytesIn(locked) / 1024 <= kernel_kb) return;
+    findings.push_back(
+        {Finding::Kind::kNotLocked, vm.ledger.vm_uuid, row.index,
+         fmt::format("row {} ({}): process {} says that {} kB are locked, the kernel counts {} kB "
+                     "({})",
+                     row.index, row.name, row.owner.pid, BytesIn(locked) / 1024, kernel_kb, name)});
+  };
+  for (size_t i = 0; i < vm.ledger.rows.size(); ++i) {
+    if (!vm.kernel[i]) continue;
+    check(i, "mlock", "VmLck", vm.kernel[i]->vm_lck_kb);
+    check(i, "io-uring", "VmPin", vm.kernel[i]->vm_pin_kb);
+  }
+}
+
+void CheckFiles(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
+  MappedFiles mapped;
+  for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
+    if (row.liveness == Liveness::kDead) continue;
+    if (row.liveness == Liveness::kUnknown || !AddMappedFiles(row.owner.pid, mapped)) return;
+  }
+  for (const LedgerSnapshot::File& file : vm.ledger.files) {
+    if (file.unique_pages == 0 || mapped.contains({file.identity.device, file.identity.inode})) {
+      continue;
+    }
+    findings.push_back(
+        {Finding::Kind::kNotMapped, vm.ledger.vm_uuid, std::nullopt,
+         fmt::format("{} pages of file {}:{} are held, but no living process of the vm maps it",
+                     file.unique_pages, file.identity.device, file.identity.inode)});
+  }
+}
+
+}  // namespace
+
+std::vector<Finding> Verify(const AuditReport& report) {
+  std::vector<Finding> findings;
+  for (const AuditReport::Vm& vm : report.vms) {
+    for (const std::string& problem : vm.problems) {
+      findings.push_back({Finding::Kind::kLedger, vm.ledger.vm_uuid, std::nullopt, problem});
+    }
+    CheckOwners(vm, findings);
+    CheckLocked(vm, findings);
+    CheckFiles(vm, findings);
+  }
+  return findings;
+}
+
+std::vector<Finding> Lasting(const std::vector<Finding>& before, std::vector<Finding> now) {
+  std::erase_if(now, [&](const Finding& finding) {
+    return std::none_of(before.begin(), before.end(),
+                        [&](const Finding& other) { return finding.is_like(other); });
+  });
+  return now;
+}
+
+std::string FindingKindName(Finding::Kind kind) {
+  switch (kind) {
+    case Finding::Kind::kLedger:
+      return "ledger";
+    case Finding::Kind::kDeadOwner:
+      return "dead_owner";
+    case Finding::Kind::kNotLocked:
+      return "not_locked";
+    case Finding::Kind::kNotMapped:
+      break;
+  }
+  return "not_mapped";
+}
+
+nlohmann::json ToJson(const std::vector<Finding>& findings) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const Finding& finding : findings) {
+    list.push_back({{"vm", finding.vm_uuid},
+                    {"row", finding.row ? nlohmann::json(*finding.row) : nlohmann::json()},
+                    {"kind", FindingKindName(finding.kind)},
+                    {"message", finding.message}});
+  }
+  return {{"ok", findings.empty()}, {"findings", std::move(list)}};
+}
+
+}  // namespace mvgpu::backend
