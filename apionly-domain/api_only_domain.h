@@ -120,6 +120,18 @@ class ApiOnlyDomain final : public Domain {
       const bool usable = PageDirectory::IsUsable(found.flags, static_cast<uint64_t>(access));
       return usable ? found.host : nullptr;
     }
+    // What is mapped at an IOVA, for who has a pin there: also while it is about to be unmapped.
+    struct Place {
+      std::byte* host;
+      Access access;  // of the mapping
+      uint64_t left;  // bytes for which both go on like this, at least
+    };
+    // REQUIRES: a pin holds the page.
+    Place place(Iova iova) const {
+      const PageDirectory::Found found = directory_.find(iova);
+      constexpr uint64_t kRights = PageDirectory::kRead | PageDirectory::kWrite;
+      return {found.host, static_cast<Access>(found.flags & kRights), found.left};
+    }
     // For a translation that is kept outside: it was true as long as its generation is the one that
     // the address has now. Read the generation first, translate then.
     uint64_t generation(Iova iova) const { return directory_.generation(iova); }

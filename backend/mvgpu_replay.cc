@@ -71,6 +71,8 @@ std::string Dump(const json& report) {
 json ToJson(const std::string& name, const Player::Outcome& outcome, const Player& player) {
   json hashes = json::array();
   for (const uint64_t hash : outcome.frame_hashes) hashes.push_back(fmt::format("{:016x}", hash));
+  json mapper = json::object();
+  for (const auto& [figure, value] : outcome.mapper_figures) mapper[std::string(figure)] = value;
   return {
       {"trace", name},
       {"ok", outcome.differences == 0 && outcome.all_released},
@@ -81,6 +83,7 @@ json ToJson(const std::string& name, const Player::Outcome& outcome, const Playe
       {"differences", outcome.differences},
       {"described", outcome.described},
       {"counters", json::parse(outcome.counters_json)},
+      {"mapper", mapper},
       {"frame_hashes", hashes},
       {"pages_touched", player.pages().rows().size()},
       {"all_released", outcome.all_released},
@@ -107,9 +110,12 @@ void PrintTable(const std::string& name, const Player::Outcome& outcome, const P
   row("pages pinned (first, at most)",
       fmt::format("{} ({}, {})", number("pages_pinned"), number("pages_pinned_first"),
                   number("peak_unique_pages")));
-  row("dma cache (hits, misses, revoked)",
+  row("dma cache (hits, misses, unmapped)",
       fmt::format("{}, {}, {}", number("dma_hit_pages"), number("dma_miss_pages"),
-                  number("dma_revoked_pages")));
+                  number("dma_unmapped_pages")));
+  row("revoked pages (users told), evicted",
+      fmt::format("{} ({}), {}", number("dma_revoked_pages"), number("dma_revocations"),
+                  number("dma_evicted_pages")));
   row("left behind", outcome.all_released ? "nothing" : "PINS OR MAPPINGS, see --json");
   row("as recorded", outcome.differences == 0
                          ? "yes: every answer, frame and count"

@@ -85,6 +85,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   // What a replay of the same session must reproduce: a JSON object of counters and the hash of the
   // last picture.
   std::string session_json() const;
+  // What the mapper did and holds: not the same with every mapper, so no part of the above.
+  dma::Mapper::Figures mapper_figures() const { return cache_->mapper_figures(); }
   const gpu::Screenshot& picture() const { return screenshot_; }
   const VgpuConfig& config() const { return config_; }
 

@@ -3,142 +3,204 @@
 // The cache from guest page to dma_addr_t: "cache GPA to whatever dma_addr_t is returned by
 // dma_map_page" (K. Tian, qemu-devel, May 2016), with the pin that keeps the page there.
 //
-//   map()     pages that are cached are hits: only their count of users grows. The others are
-//   pinned in the
-//             domain and given to the mapper, in runs. The caller gets a DmaMapping.
-//   release   the last user of a page unmaps it from the device first, then lets go of its pin.
-//   revoke    the VMM takes the memory away: the pages go at once, whoever uses them, in the order
-//   device
-//             mapping, then pin. A DmaMapping that covered them says kRevoked from then on, and its
-//             release does nothing for those pages, also when they were mapped anew meanwhile: each
-//             mapper call has a generation, which its DmaMappings carry.
+//   hold      DmaUser::map(). Pages that the user holds already are hits and cost a count. Pages
+//             that others hold, or that are idle, are hits too, with some bookkeeping. The gaps are
+//             pinned in the domain and given to the mapper, gap by gap, whatever sizes were asked
+//             for before: a 4 KiB page inside a cached 2 MiB is a hit, 2 MiB over cached pages map
+//             the rest.
+//   release   The last user of a page unmaps it from the device, then lets go of its pin; or the
+//             page becomes idle: it stays pinned and mapped, until it is used again or is the
+//             oldest of too many. Idle pages go first when a limit is met.
+//   revoke    The VMM takes the memory away, or it moved (recheck()): no new holds there; users are
+//             told and take the addresses out of the hardware; then device mapping, flush, pin, in
+//             this order. What users still hold there is void, see DmaUser.
 //
-// Invariants: a page is in exactly one entry iff it has users; the mapper maps it once between
-// first and last use. Costs follow runs: an entry is what one mapper call returned, cut only when a
-// part of it goes.
+// Invariants
+//   - A page is cached iff some user holds it or it is idle, or its revocation is under way. The
+//     mapper maps it once in that time.
+//   - A cached page has a pin for writing iff some user holds it for writing, and one for reading
+//     iff some user holds it for reading or it is idle.
+//   - Which pages a user holds (not how often) changes only under the cache's lock.
 //
-// Where to read next: mapper.h (what stands in for dma_map_page).
+// Where to read next: mapper.h (what stands in for dma_map_page), dma_user.h (hits), holds.cc
+// (misses), releases.cc, revocation.cc, page_map.h and reverse_map.h (the tables).
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
-
-#include <absl/container/btree_map.h>
 
 #include "apionly-domain/api_only_domain.h"
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
 #include "apionly-domain/base/mutex.h"
-#include "apionly-domain/pin/run_counter.h"
+#include "dma-cache/dma_mapping.h"
+#include "dma-cache/dma_user.h"
+#include "dma-cache/idle_list.h"
 #include "dma-cache/mapper.h"
+#include "dma-cache/page_map.h"
+#include "dma-cache/reverse_map.h"
 
 namespace mvgpu::dma {
 
-class DmaCache;
-
-// Who moves the data: a device that reads guest memory, writes it, or both (the kernel's
-// DMA_TO_DEVICE, DMA_FROM_DEVICE, DMA_BIDIRECTIONAL).
-enum class Direction : uint8_t { kToDevice, kFromDevice, kBidirectional };
-
-// Contiguous IOVAs with a contiguous device address.
-struct DmaRun {
-  IovaRange iova;           // whole pages
-  DmaAddr address;          // of iova.start()
-  uint64_t generation = 0;  // of the mapper call behind it
-};
-
-// One use of a range of guest memory by a device. Move-only; the destructor gives the use up.
-// Not thread-safe itself.
-class DmaMapping {
- public:
-  DmaMapping() = default;
-  DmaMapping(DmaMapping&& other) noexcept;
-  DmaMapping& operator=(DmaMapping&& other) noexcept;
-  DmaMapping(const DmaMapping&) = delete;
-  DmaMapping& operator=(const DmaMapping&) = delete;
-  ~DmaMapping() { reset(); }
-
-  std::span<const DmaRun> runs() const { return runs_; }  // in ascending IOVA order, without gaps
-  bool empty() const { return runs_.empty(); }
-
-  // False once any page of it was revoked.
-  bool is_valid() const;
-  // Copies guest bytes out. Errors: kInvalid (outside the mapping), kRevoked, kTruncated.
-  Result<void> read(Iova iova, std::span<std::byte> destination) const;
-  void reset();
-
- private:
-  friend class DmaCache;
-  DmaMapping(DmaCache* cache, std::vector<DmaRun> runs) : cache_(cache), runs_(std::move(runs)) {}
-
-  DmaCache* cache_ = nullptr;  // outlives all its mappings: checked in its destructor
-  std::vector<DmaRun> runs_;
-};
-
-// Thread-safe. Lock order: this lock, then the domain's.
+// Thread-safe. Lock order: the container's change lock, the revocation lock (users are called under
+// these two), the cache's lock, then a user's lock or the domain's locks.
 class DmaCache final : public domain::PinOwner {
  public:
+  struct Options {
+    uint64_t idle_limit_pages = 0;  // 0: what nobody holds goes at once
+  };
   struct Counters {
-    uint64_t map_calls = 0;       // successful map() calls
-    uint64_t hit_pages = 0;       // pages that were there already
+    uint64_t map_calls = 0;       // ranges and batches that users asked for, and got
+    uint64_t hit_pages = 0;       // pages of them that were there already
     uint64_t miss_pages = 0;      // pages that were pinned and mapped
-    uint64_t unmapped_pages = 0;  // pages given back to the mapper, revoked ones included
-    uint64_t revoked_pages = 0;
-    uint64_t cached_pages = 0;  // now
-    uint64_t entries = 0;       // now; runs of cached pages
+    uint64_t mapper_calls = 0;    // to map, successful ones
+    uint64_t unmapped_pages = 0;  // pages given back to the mapper, for whatever reason
+    uint64_t revocations = 0;     // users told
+    uint64_t revoked_pages = 0;   // cached pages that were taken away
+    uint64_t evicted_pages = 0;   // idle pages that went for others
+    uint64_t cached_pages = 0;    // now, idle ones included
+    uint64_t idle_pages = 0;      // now
+
+    uint64_t cached_bytes() const { return BytesIn(cached_pages); }
+    uint64_t idle_bytes() const { return BytesIn(idle_pages); }
   };
 
   // Both must outlive the cache.
-  DmaCache(domain::ApiOnlyDomain* domain, Mapper* mapper);
-  // REQUIRES: no DmaMapping is left.
+  DmaCache(domain::ApiOnlyDomain* domain, Mapper* mapper) : DmaCache(domain, mapper, Options{}) {}
+  DmaCache(domain::ApiOnlyDomain* domain, Mapper* mapper, Options options);
+  // REQUIRES: all users are closed.
   ~DmaCache() override;
 
-  // `range` need not be page-aligned; whole pages are mapped. Errors: those of ApiOnlyDomain::pin()
-  // and Mapper::map(); nothing changes then.
-  Result<DmaMapping> map(IovaRange range, Direction direction);
+  // A way to hold pages for this owner, which must outlive it. Must not outlive the cache.
+  std::unique_ptr<DmaUser> open_user(DmaUser::Owner* owner);
+
+  // What the device sees at an IOVA now; nothing where it is not cached, or about to be revoked. It
+  // stays true as long as the caller holds the page.
+  std::optional<DmaAddr> address_of(Iova iova) const;
+  // The IOVAs that have this device address, in no order; several where the VMM shows a page of
+  // memory several times and the mapper gave the same address.
+  std::vector<Iova> iovas_of(DmaAddr address) const;
+
+  // Asks the mapper whether what is cached is still where it was, and revokes what moved. Returns
+  // the number of these pages. Not from inside DmaUser::Owner::on_revoke().
+  uint64_t recheck();
 
   Counters counters() const;
+  Mapper::Figures mapper_figures() const;
 
   std::string_view pin_owner_name() const override { return "dma-cache"; }
   void on_revoke(IovaRange range) override;
 
  private:
-  friend class DmaMapping;
+  friend class DmaUser;
 
-  // What one mapper call returned, or a part of it that is left. Key: first IOVA page.
-  struct Entry {
-    uint64_t pages = 0;
-    DmaAddr address;
-    uint64_t generation = 0;
-    domain::PinnedRange pin;  // exactly one run, of these pages
+  using Table = PageMap<PackedTargets>;
+  using Extent = Table::Extent;
+  struct Held {
+    uint64_t epoch = 0;
+    MappedRuns runs;
   };
-  using Entries = absl::btree_map<uint64_t, Entry>;
+  // What a request has to do, and how much of it is done.
+  struct Plan {
+    std::vector<PageRun> gaps;      // to be pinned and mapped
+    std::vector<PageRun> upgrades;  // cached, but not pinned for this kind of access
+    std::vector<PageRun> idle;      // taken out of the idle list
+    size_t filled = 0;
+    size_t upgraded = 0;
+  };
+  // What the mapper is asked for in one call, and where its answer ends.
+  struct Request {
+    PageRun pages;
+    domain::Access access;
+    size_t answer_end = 0;
+  };
 
-  Entries::iterator FirstOverlapLocked(PageRun pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  const Entry* FindLocked(uint64_t page) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  // Pins and maps pages that are not cached; they have no users yet.
+  static Error NotContiguousError(PageRun pages);
+  static uint64_t PinnedFlag(bool for_write) {
+    return for_write ? Table::kPinnedWrite : Table::kPinnedRead;
+  }
+  static uint64_t AsRunsFlag(bool for_write) {
+    return for_write ? Table::kWriteAsRuns : Table::kReadAsRuns;
+  }
+
+  // holds.cc. All of what a user asks for, or nothing.
+  Result<Held> HoldRange(DmaUser* user, PageRun pages, Direction direction, bool contiguous);
+  // The pages of the batch named by `misses`; false when the user is not in this epoch any more.
+  Result<bool> HoldPages(DmaUser* user, const DmaUser::Batch& batch, uint64_t misses,
+                         uint64_t epoch);
+  // Makes every page cached and pinned for this kind of access; the number of pages that were
+  // cached before. Somebody has to hold them before the lock goes.
+  Result<uint64_t> HoldLocked(PageRun pages, Direction direction, bool contiguous)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Result<void> MakePlanLocked(PageRun pages, Direction direction)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Result<void> CarryOutLocked(Direction direction) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void UndoLocked(Direction direction) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Whether those of the pages that are cached may be parts of one stretch of device addresses.
+  bool IsContiguousLocked(PageRun pages) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Result<void> FillLocked(PageRun gap, Direction direction) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Makes `page` the start of an entry if it lies inside one.
-  void SplitAtLocked(uint64_t page) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Unmaps the cached pages of the run, then lets go of their pins.
-  void DropLocked(PageRun pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  std::vector<DmaRun> RunsOfLocked(PageRun pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Result<void> AskMapperLocked(std::span<const domain::PinnedRun> runs)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Result<domain::PinnedRange> PinLocked(PageRun pages, domain::Access access)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  void release(std::span<const DmaRun> runs);
-  bool is_valid(std::span<const DmaRun> runs) const;
-  Result<void> read(std::span<const DmaRun> runs, Iova iova,
-                    std::span<std::byte> destination) const;
+  // releases.cc
+  bool Release(DmaUser* user, std::span<const PageRun> pages, bool for_write, uint64_t epoch);
+  bool ReleaseLocked(DmaUser* user, PageRun pages, bool for_write, uint64_t epoch)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Pages that a user does not hold for this kind any more.
+  void LetGoLocked(std::vector<PageRun>* pages, bool for_write)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void AppendExtents(PageRun pages, std::vector<Extent>* extents) const
+      ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  // Whether it may stay without users; it has the pin that idle pages have then.
+  bool KeepIdleLocked(const Extent& extent) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void UnpinLocked(std::span<const Extent> extents, bool for_write)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Takes the pin for this kind away from pages that stay cached.
+  void DropPinLocked(PageRun pages, bool for_write) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Takes what is cached of these pages away from the device, then their pins.
+  void DropLocked(std::span<const PageRun> pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // False: nothing is idle.
+  bool EvictLocked(uint64_t pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void ReclaimLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  // revocation.cc
+  void Revoke(IovaRange range);
+  void AppendMovedLocked(const Extent& extent, std::vector<PageRun>* moved)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void AppendMovedPagesLocked(const domain::PinnedRun& run, DmaAddr address,
+                              std::vector<PageRun>* moved) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void CloseUser(DmaUser* user);
 
   domain::ApiOnlyDomain* const domain_;
   const std::unique_ptr<domain::PinContext> pins_;  // used with mutex_ held
   Mapper* const mapper_;
+  const Options options_;
+
+  Mutex revoke_mutex_;  // one revocation at a time; users stay open meanwhile
   mutable Mutex mutex_;
-  Entries entries_ ABSL_GUARDED_BY(mutex_);
-  domain::RunCounter users_ ABSL_GUARDED_BY(mutex_);  // by IOVA page
-  uint64_t next_generation_ ABSL_GUARDED_BY(mutex_) = 1;
-  Counters counters_ ABSL_GUARDED_BY(mutex_);
+  Table table_;  // written with mutex_ held; read with it, or under a user's lock by that user
+  ReverseMap reverse_ ABSL_GUARDED_BY(mutex_);
+  IdleList idle_ ABSL_GUARDED_BY(mutex_);
+  std::vector<DmaUser*> users_ ABSL_GUARDED_BY(mutex_);
+  Counters counters_ ABSL_GUARDED_BY(mutex_);  // without what users count; of closed users, that
+  // What misses and releases work with; kept, so that they allocate nothing.
+  Plan plan_ ABSL_GUARDED_BY(mutex_);
+  struct {
+    std::vector<Request> requests;
+    std::vector<domain::PinnedRun> runs;
+    std::vector<MappedRun> mapped;
+    std::vector<PageRun> freed;
+    std::vector<PageRun> rest;
+    std::vector<PageRun> unused;
+    std::vector<PageRun> idle;
+    std::vector<Extent> released;
+    std::vector<Extent> dropped;
+  } scratch_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace mvgpu::dma

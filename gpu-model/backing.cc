@@ -8,9 +8,9 @@
 
 namespace mvgpu::gpu {
 
-Result<Backing> Backing::Create(std::span<const BackingEntry> entries, dma::DmaCache* cache) {
+Result<Backing> Backing::Create(std::span<const BackingEntry> entries, dma::DmaUser* user) {
   if (entries.empty()) return Fail(ErrorCode::kInvalid, "a backing needs at least one entry");
-  Backing backing(cache);
+  Backing backing(user);
   backing.entries_ = entries.size();
   for (const BackingEntry& entry : entries) {
     const auto range = IovaRange::FromStartAndSize(entry.address, entry.length);
@@ -32,7 +32,7 @@ Result<Backing> Backing::Create(std::span<const BackingEntry> entries, dma::DmaC
     backing.extents_.push_back({offset, *range, {}});
   }
   for (Extent& extent : backing.extents_) {
-    MVGPU_ASSIGN_OR_RETURN(extent.hold, cache->map(extent.iova, dma::Direction::kToDevice));
+    MVGPU_ASSIGN_OR_RETURN(extent.hold, user->map(extent.iova, dma::Direction::kToDevice));
   }
   return backing;
 }
@@ -83,10 +83,10 @@ Result<std::vector<Backing::Use>> Backing::map_for(const LineBlock& block) {
     if (!extent.hold.is_valid()) {
       // Revoked since. Some of the extent may still be missing; what counts is the part that is
       // needed now.
-      auto hold = cache_->map(extent.iova, dma::Direction::kToDevice);
+      auto hold = user_->map(extent.iova, dma::Direction::kToDevice);
       if (hold) extent.hold = std::move(*hold);
     }
-    MVGPU_ASSIGN_OR_RETURN(use.mapping, cache_->map(use.iova, dma::Direction::kToDevice));
+    MVGPU_ASSIGN_OR_RETURN(use.mapping, user_->map(use.iova, dma::Direction::kToDevice));
   }
   return uses;
 }

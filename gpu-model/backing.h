@@ -7,7 +7,8 @@
 
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
-#include "dma-cache/dma_cache.h"
+#include "dma-cache/dma_mapping.h"
+#include "dma-cache/dma_user.h"
 
 namespace mvgpu::gpu {
 
@@ -36,8 +37,8 @@ struct LineBlock {
 class Backing {
  public:
   // Pins and maps every entry, or nothing. Errors: kInvalid (no entries, an empty one, a wrapping
-  // address) or those of DmaCache::map(). `cache` outlives the backing.
-  static Result<Backing> Create(std::span<const BackingEntry> entries, dma::DmaCache* cache);
+  // address) or those of DmaUser::map(). `user` outlives the backing.
+  static Result<Backing> Create(std::span<const BackingEntry> entries, dma::DmaUser* user);
 
   uint64_t size() const { return size_; }        // bytes
   uint64_t entries() const { return entries_; }  // as the guest gave them
@@ -46,7 +47,7 @@ class Backing {
   // Copies the lines to `destination`, line n to n * destination_stride; returns the bytes copied.
   // What lies behind the end of the backing is left alone, as QEMU does. Asks the cache for the
   // pages first: one call per extent that is touched, each of them a hit while the hold is valid.
-  // Errors: kInvalid (starts behind the end) and those of DmaCache::map() and DmaMapping::read();
+  // Errors: kInvalid (starts behind the end) and those of DmaUser::map() and DmaMapping::read();
   // after an error of read() some lines may have been copied. REQUIRES: destination.size() >=
   // (lines - 1) * destination_stride + line_bytes.
   Result<uint64_t> copy(const LineBlock& block, std::span<std::byte> destination,
@@ -65,7 +66,7 @@ class Backing {
     dma::DmaMapping mapping;
   };
 
-  explicit Backing(dma::DmaCache* cache) : cache_(cache) {}
+  explicit Backing(dma::DmaUser* user) : user_(user) {}
   size_t extent_at(uint64_t offset) const;
   // Calls visit(extent index, iova range, offset in destination) for each piece, in ascending
   // order.
@@ -74,7 +75,7 @@ class Backing {
                               Visit visit) const;
   Result<std::vector<Use>> map_for(const LineBlock& block);
 
-  dma::DmaCache* cache_;
+  dma::DmaUser* user_;
   std::vector<Extent> extents_;  // sorted by offset, without gaps
   uint64_t size_ = 0;
   uint64_t entries_ = 0;

@@ -35,9 +35,9 @@ Result<std::unique_ptr<GpuDevice>> GpuDevice::Create(GpuConfig config, dma::DmaC
 }
 
 GpuDevice2d::GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache, Display* display,
-                         Owner* owner)
+                         GpuDevice::Owner* owner)
     : config_(config),
-      cache_(cache),
+      user_(cache->open_user(this)),
       display_(display),
       owner_(owner),
       budget_(config.host_memory_limit) {

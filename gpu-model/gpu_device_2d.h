@@ -21,10 +21,11 @@ namespace mvgpu::gpu {
 //
 // Its commands are in resource_commands.cc and scanout_commands.cc; the rest is in
 // gpu_device_2d.cc.
-class GpuDevice2d final : public GpuDevice {
+class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
  public:
   // REQUIRES: a configuration that GpuDevice::Create() has checked.
-  GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache, Display* display, Owner* owner);
+  GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache, Display* display,
+              GpuDevice::Owner* owner);
   ~GpuDevice2d() override;
 
   uint64_t features() const override { return wire::kFeatureEdid; }
@@ -58,6 +59,9 @@ class GpuDevice2d final : public GpuDevice {
     CursorState cursor;
   };
 
+  // No hardware has the addresses: a copy looks for itself whether its pages are still there.
+  void on_revoke(IovaRange) override {}
+
   Answer Execute(wire::Command command, Request request, std::span<std::byte> payload);
 
   // resource_commands.cc
@@ -83,9 +87,9 @@ class GpuDevice2d final : public GpuDevice {
   void DestroyResource(uint32_t id);
 
   const GpuConfig config_;
-  dma::DmaCache* const cache_;  // these three outlive the device: contract of GpuDevice::Create()
-  Display* const display_;
-  Owner* const owner_;
+  const std::unique_ptr<dma::DmaUser> user_;  // of the cache; outlives the resources below
+  Display* const display_;  // these two outlive the device: contract of GpuDevice::Create()
+  GpuDevice::Owner* const owner_;
 
   uint32_t events_read_ = 0;
   Counters counters_;   // those that only grow; the others are computed

@@ -13,7 +13,6 @@
 #include <span>
 
 #include "apionly-domain/base/error.h"
-#include "dma-cache/dma_cache.h"
 #include "gpu-model/backing.h"
 #include "gpu-model/display/display.h"
 #include "gpu-model/pixel_buffer.h"

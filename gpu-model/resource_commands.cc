@@ -83,7 +83,7 @@ Response GpuDevice2d::ResourceAttachBacking(Request request) {
     const auto entry = wire::ReadAt<wire::MemEntry>(list, i * sizeof(wire::MemEntry));
     entries[i] = {Iova(entry->addr), entry->length};
   }
-  auto backing = Backing::Create(entries, cache_);
+  auto backing = Backing::Create(entries, user_.get());
   if (!backing) return Refuse(backing.error());
   resource->attach(std::move(*backing));
   return Response::kOkNodata;

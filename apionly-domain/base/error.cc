@@ -29,6 +29,8 @@ CodeEntry EntryOf(ErrorCode code) {
       return {"not_reachable", EFAULT};
     case ErrorCode::kLimit:
       return {"limit", ENOMEM};
+    case ErrorCode::kNotContiguous:
+      return {"not_contiguous", EINVAL};
     case ErrorCode::kBusy:
       return {"busy", EBUSY};
     case ErrorCode::kRevoked:

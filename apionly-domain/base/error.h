@@ -14,19 +14,20 @@ namespace mvgpu {
 // can translate. The message of an Error carries the values; the code decides what the edge
 // answers.
 enum class ErrorCode : uint8_t {
-  kInvalid,       // the request itself makes no sense
-  kOverlap,       // the range is mapped already, differently
-  kNotMapped,     // no mapping there, or a hole inside the range
-  kWouldSplit,    // the unmap would cut a mapping in two
-  kPermission,    // the mapping does not allow this access
-  kNotReachable,  // the mapping has no file behind it: no pointer, no pin
-  kLimit,         // a limit of ours or of the kernel (RLIMIT_MEMLOCK, mapping count, budget)
-  kBusy,          // held by somebody who did not let go, or about to be unmapped
-  kRevoked,       // the mapping behind a handle has gone
-  kTruncated,     // the backing file is shorter than the mapping
-  kSystem,        // a system call failed; see sys_errno()
-  kProtocol,      // the peer broke the protocol; the connection cannot go on
-  kCorrupt,       // a file of ours (ledger, trace) is damaged or of another version
+  kInvalid,        // the request itself makes no sense
+  kOverlap,        // the range is mapped already, differently
+  kNotMapped,      // no mapping there, or a hole inside the range
+  kWouldSplit,     // the unmap would cut a mapping in two
+  kPermission,     // the mapping does not allow this access
+  kNotReachable,   // the mapping has no file behind it: no pointer, no pin
+  kLimit,          // a limit of ours or of the kernel (RLIMIT_MEMLOCK, mapping count, budget)
+  kNotContiguous,  // one address for all of it does not exist; ask for 4 KiB pages
+  kBusy,           // held by somebody who did not let go, or about to be unmapped
+  kRevoked,        // the mapping behind a handle has gone
+  kTruncated,      // the backing file is shorter than the mapping
+  kSystem,         // a system call failed; see sys_errno()
+  kProtocol,       // the peer broke the protocol; the connection cannot go on
+  kCorrupt,        // a file of ours (ledger, trace) is damaged or of another version
 };
 
 // The name as it stands in JSON reports, e.g. "not_mapped".

@@ -108,6 +108,29 @@ void PageCounters::AddInChunk(Chunk* chunk, PageRun run) {
   }
 }
 
+bool PageCounters::AddWord(Chunk* chunk, PageRun run) {
+  uint64_t& word = chunk->words[(run.first & kChunkMask) / kPagesPerWord];
+  const uint64_t in_word = run.first % kPagesPerWord;
+  const uint64_t mask = MaskOf(in_word, in_word + run.count);
+  if ((word & mask) != 0) return false;
+  word |= kOnes & mask;
+  chunk->held += run.count;
+  held_pages_ += run.count;
+  return true;
+}
+
+bool PageCounters::RemoveWord(Chunk* chunk, PageRun run) {
+  MVGPU_CHECK(chunk->words != nullptr);
+  uint64_t& word = chunk->words[(run.first & kChunkMask) / kPagesPerWord];
+  const uint64_t in_word = run.first % kPagesPerWord;
+  const uint64_t mask = MaskOf(in_word, in_word + run.count);
+  if ((word & mask) != (kOnes & mask)) return false;
+  word &= ~mask;
+  chunk->held -= run.count;
+  held_pages_ -= run.count;
+  return true;
+}
+
 void PageCounters::AddOne(Chunk* chunk, uint64_t page) {
   uint64_t& word = chunk->words[(page & kChunkMask) / kPagesPerWord];
   const uint64_t count = word >> ShiftOf(page) & kMore;
@@ -198,6 +221,17 @@ uint64_t PageCounters::count(uint64_t page) const {
   if (count != kMore) return count;
   const uint8_t byte = FindChunk(page >> kChunkShift)->bytes[page & kChunkMask];
   return byte <= kLargestByte ? byte : more_.at(page);
+}
+
+uint64_t PageCounters::forget(uint64_t page) {
+  const uint64_t held = count(page);
+  if (held == 0) return 0;
+  Chunk* chunk = FindChunk(page >> kChunkShift);
+  chunk->words[(page & kChunkMask) / kPagesPerWord] &= ~(kMore << ShiftOf(page));
+  if (held > kLargestByte) more_.erase(page);
+  --chunk->held;
+  --held_pages_;
+  return held;
 }
 
 bool PageCounters::any(PageRun run) const {

@@ -50,6 +50,8 @@ class PageCounters {
   void add(PageRun run);
   // Appends the pages of the run that are held no longer, in runs. REQUIRES: all of them are held.
   void remove(PageRun run, std::vector<PageRun>* freed);
+  // The page is not held any more; returns how often it was.
+  uint64_t forget(uint64_t page);
 
   // Whether every page of the run is held, and whether each is held at least twice.
   bool all_held(PageRun run) const;
@@ -57,7 +59,7 @@ class PageCounters {
   uint64_t count(uint64_t page) const;
   bool holds(uint64_t page) const {
     const uint64_t* word = Find(page);
-    return word != nullptr && (*word >> ShiftOf(page) & kMore) != 0;
+    return word != nullptr && IsHeld(word, page);
   }
   // Calls visit(PageRun) for each stretch of held pages in the run, in order.
   template <typename Visit>
@@ -85,6 +87,10 @@ class PageCounters {
    private:
     uint64_t* words_;
   };
+
+  static bool IsHeld(const uint64_t* word, uint64_t page) {
+    return (*word >> ShiftOf(page) & kMore) != 0;
+  }
 
   uint64_t held_pages() const { return held_pages_; }
   // Gives back arrays that lie wholly in the run and count nothing.

@@ -75,7 +75,7 @@ inline bool PinContext::TryPin(IovaRange pages, Access access, PinnedRange* pinn
   if (!hit) return false;
   pinned->context_ = this;
   pinned->for_write_ = IsForWrite(access);
-  pinned->runs_.set_one(pages, host);
+  pinned->runs_.set_one({pages, host});
   return true;
 }
 

@@ -63,6 +63,12 @@ class alignas(64) PinContext {
   // before are.
   Result<void> unpin_pages(std::span<const Iova> pages, Access access);
 
+  // Lets go of pages of which the handle was given up. REQUIRES: this context pinned them for this
+  // kind of access, and PinnedRange::keep() said `form`.
+  void release_kept(PageRun pages, Access access, PinCounts::Form form) {
+    ReleaseRun(pages, IsForWrite(access), form);
+  }
+
   PinOwner* owner() const { return owner_; }
 
  private:

@@ -35,6 +35,11 @@ class PinCounts {
   // Appends the pages that are held no longer. REQUIRES: the run was added in this form.
   void remove(PageRun run, Form form, std::vector<PageRun>* freed);
 
+  // Forgets the pages of the run, however often they are held. Calls visit(PageRun, count) for
+  // stretches that were held equally often in one form.
+  template <typename Visit>
+  void forget(PageRun run, Visit visit);
+
   bool holds(uint64_t page) const {
     return dense_.holds(page) || (!runs_.empty() && runs_.count(page) != 0);
   }
@@ -54,5 +59,25 @@ class PinCounts {
   PageCounters dense_;
   RunCounter runs_;
 };
+
+template <typename Visit>
+void PinCounts::forget(PageRun run, Visit visit) {
+  std::vector<PageRun> held;
+  dense_.for_each_held(run, [&held](PageRun part) { held.push_back(part); });
+  for (const PageRun& part : held) {
+    PageRun stretch{part.first, 0};
+    uint64_t count = 0;  // of its pages
+    for (uint64_t page = part.first; page < part.end(); ++page, ++stretch.count) {
+      const uint64_t holds = dense_.forget(page);
+      if (holds == count) continue;
+      if (stretch.count != 0) visit(stretch, count);
+      stretch = {page, 0};
+      count = holds;
+    }
+    visit(stretch, count);
+  }
+  runs_.for_each(run, [&](PageRun part) { visit(part, runs_.count(part.first)); });
+  runs_.clear(run);
+}
 
 }  // namespace mvgpu::domain

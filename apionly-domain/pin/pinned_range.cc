@@ -7,18 +7,6 @@
 
 namespace mvgpu::domain {
 
-void PinnedRuns::push_back(const PinnedRun& run) {
-  if (empty()) {
-    one_ = run;
-    return;
-  }
-  if (many_ == nullptr) {
-    many_ = std::make_unique<std::vector<PinnedRun>>();
-    many_->push_back(*std::exchange(one_, std::nullopt));
-  }
-  many_->push_back(run);
-}
-
 PinnedRange& PinnedRange::operator=(PinnedRange&& other) noexcept {
   if (this == &other) return *this;
   reset();
@@ -50,6 +38,11 @@ PinnedRange PinnedRange::split_off(Iova at) {
 
 void PinnedRange::Release() {
   for (const PinnedRun& run : runs()) context_->ReleaseRun(run.iova_pages(), for_write_, form_);
+}
+
+PinCounts::Form PinnedRange::keep() {
+  runs_.clear();
+  return form_;
 }
 
 }  // namespace mvgpu::domain

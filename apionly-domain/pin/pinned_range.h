@@ -27,15 +27,24 @@ struct PinnedRun {
   bool operator==(const PinnedRun&) const = default;
 };
 
-// The runs of one pin. Most pins are one run: those need no memory of their own.
-class PinnedRuns {
+// The runs of one pin, or of another thing that consists of one run as a rule: that needs no memory
+// of its own.
+template <typename Run>
+class RunList {
  public:
-  void push_back(const PinnedRun& run);
+  void push_back(const Run& run) {
+    if (!one_ && many_ == nullptr) {
+      one_ = run;
+      return;
+    }
+    if (many_ == nullptr) many_ = std::make_unique<std::vector<Run>>(1, *std::exchange(one_, {}));
+    many_->push_back(run);
+  }
   // The same for the first run. REQUIRES: empty().
-  void set_one(IovaRange iova, std::byte* host) { one_.emplace(PinnedRun{iova, host}); }
-  std::span<const PinnedRun> span() const {
+  void set_one(const Run& run) { one_.emplace(run); }
+  std::span<const Run> span() const {
     if (one_) return {&*one_, 1};
-    return many_ == nullptr ? std::span<const PinnedRun>() : std::span<const PinnedRun>(*many_);
+    return many_ == nullptr ? std::span<const Run>() : std::span<const Run>(*many_);
   }
   bool empty() const { return !one_ && many_ == nullptr; }
   void clear() {
@@ -44,9 +53,10 @@ class PinnedRuns {
   }
 
  private:
-  std::optional<PinnedRun> one_;
-  std::unique_ptr<std::vector<PinnedRun>> many_;  // two at least; null when one_ is set
+  std::optional<Run> one_;
+  std::unique_ptr<std::vector<Run>> many_;  // two at least; null when one_ is set
 };
+using PinnedRuns = RunList<PinnedRun>;
 
 // A hold on guest pages: while it lives, the pages stay pinned and charged, and their mappings
 // stay. Move-only; the destructor releases. Belongs to the context that pinned: nobody else can
@@ -77,6 +87,10 @@ class PinnedRange {
     if (!runs_.empty()) Release();
     runs_.clear();
   }
+  // Gives the handle up and not the pin: PinContext::release_kept() lets go of it, as a whole or in
+  // any parts. Returns how the context counts the pages. For who has many pins, and books of its
+  // own.
+  PinCounts::Form keep();
 
  private:
   friend class PinContext;

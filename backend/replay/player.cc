@@ -74,6 +74,7 @@ Result<Player::Outcome> Player::play(const std::function<void()>& on_progress) {
   const Vgpu::Counters counters = vgpu_->counters();
   outcome_.all_released = counters.all_released();
   outcome_.counters_json = vgpu_->session_json();
+  outcome_.mapper_figures = vgpu_->mapper_figures();
   outcome_.peak_unique_pages = counters.domain.peak_unique_pages;
   return outcome_;
 }

@@ -40,7 +40,8 @@ class Player final : private SessionObserver, private Vgpu::Owner {
     std::vector<std::string> described;  // the first kMaxDescribedDifferences
     std::vector<uint64_t> frame_hashes;
     uint64_t peak_unique_pages = 0;
-    std::string counters_json;  // Vgpu::Counters::session_json() at the end
+    dma::Mapper::Figures mapper_figures;  // at the end
+    std::string counters_json;            // Vgpu::Counters::session_json() at the end
     bool all_released = false;
   };
 

@@ -102,6 +102,22 @@ TEST_F(ApiOnlyDomainTest, PartsCanBeReleasedInAnyOrder) {
   EXPECT_EQ(domain_->counters().pinned_pages, 0u);
 }
 
+TEST_F(ApiOnlyDomainTest, APinWithoutItsHandleIsReleasedInAnyParts) {
+  Map(0, 0, 1024 * kPageSize);
+  auto small = Pin(0, 16 * kPageSize, Access::kRead);
+  auto large = Pin(0, 1024 * kPageSize, Access::kReadWrite);
+  const auto small_form = small->keep();
+  const auto large_form = large->keep();
+  EXPECT_TRUE(small->empty() && large->empty());
+  EXPECT_EQ(domain_->counters().pinned_pages, 16u + 1024u);
+  context_->release_kept({4, 1020}, Access::kReadWrite, large_form);
+  EXPECT_EQ(domain_->counters().unique_pages, 16u);
+  context_->release_kept({0, 16}, Access::kRead, small_form);
+  EXPECT_EQ(domain_->counters().unique_pages, 4u);
+  context_->release_kept({0, 4}, Access::kWrite, large_form);
+  EXPECT_EQ(domain_->counters().pinned_pages, 0u);
+}
+
 TEST_F(ApiOnlyDomainTest, AHoleIsRefusedWhole) {
   Map(0x10000, 0, 0x2000);
   Map(0x13000, 0x3000, 0x2000);

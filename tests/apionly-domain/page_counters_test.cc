@@ -268,5 +268,18 @@ TEST_F(PageCountersTest, ReleasingWhatIsNotHeldIsABug) {
   EXPECT_DEATH(counters_.remove({kFarPage, 1}, &freed), "check failed");
 }
 
+TEST_F(PageCountersTest, WholeWordsAndSinglePagesMix) {
+  counters_.add({20, 100});  // parts of words at both ends
+  counters_.add({40, 1});
+  counters_.add({64, 32});
+  EXPECT_EQ(counters_.held_pages(), 100u);
+  EXPECT_THAT(Remove({20, 100}), ElementsAre(PageRun{20, 20}, PageRun{41, 23}, PageRun{96, 24}));
+  EXPECT_EQ(counters_.held_pages(), 33u);
+  EXPECT_EQ(counters_.forget(40), 1u);
+  EXPECT_EQ(counters_.forget(40), 0u);
+  EXPECT_THAT(Remove({64, 32}), ElementsAre(PageRun{64, 32}));
+  EXPECT_EQ(counters_.held_pages(), 0u);
+}
+
 }  // namespace
 }  // namespace mvgpu::domain

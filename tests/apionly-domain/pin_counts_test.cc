@@ -88,5 +88,19 @@ TEST_F(PinCountsTest, HeldStretchesOfBothFormsAreFoundInsideTheAskedRunOnly) {
   EXPECT_FALSE(counts_.any({10000, 10000}));
 }
 
+TEST_F(PinCountsTest, ForgettingSaysHowOftenEachPageWasHeld) {
+  counts_.add({10, 4}, Form::kDense);
+  for (int i = 0; i < 299; ++i) counts_.add({12, 1}, Form::kDense);
+  counts_.add(kLarge, Form::kRuns);
+  std::vector<std::pair<PageRun, uint64_t>> forgotten;
+  counts_.forget({11, 5}, [&](PageRun run, uint64_t count) { forgotten.emplace_back(run, count); });
+  EXPECT_EQ(forgotten, (std::vector<std::pair<PageRun, uint64_t>>{
+                           {{11, 1}, 1}, {{12, 1}, 300}, {{13, 1}, 1}, {{11, 5}, 1}}));
+  EXPECT_THAT(Unheld({0, 20}), ElementsAre(PageRun{11, 5}));
+  EXPECT_EQ(counts_.dense().held_pages(), 1u);
+  counts_.add({12, 1}, Form::kDense);  // counts from the beginning
+  EXPECT_THAT(Remove({12, 1}, Form::kDense), ElementsAre(PageRun{12, 1}));
+}
+
 }  // namespace
 }  // namespace mvgpu::domain

@@ -31,6 +31,15 @@ ACCOUNTS = {
     "memory per shared page": 1,
     "reading, ": 1,
 }
+CACHE = {
+    "map + unmap, batch of 64, all pages, ": 4,
+    "map + unmap, batch of 64, 4096 hot pages, ": 2,
+    "map + unmap, 64 contiguous pages": 1,
+    "two threads, map + unmap, different memory, ": 2,
+    "reverse lookup": 1,
+    "miss, ": 2,
+    "memory per cached page, ": 2,
+}
 # Where a process may not use io_uring the row says so instead of figures.
 MAY_FAIL = "io-uring"
 
@@ -90,6 +99,11 @@ class TheAccountsTable(TableChecks, unittest.TestCase):
     def test_a_page_costs_an_owner_one_bit(self):
         row = next(row for row in self.report["rows"] if row["name"].startswith("memory per page"))
         self.assertLessEqual(row["median"], 1)
+
+
+class TheCacheTable(TableChecks, unittest.TestCase):
+    table = "cache"
+    topics = CACHE
 
 
 class TheCommandLine(unittest.TestCase):

@@ -4,10 +4,12 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <map>
 #include <string>
 #include <utility>
 
 #include "tests/bench/accounts_table.h"
+#include "tests/bench/cache_table.h"
 #include "tests/bench/domain_table.h"
 #include "tests/bench/harness.h"
 #include "tests/bench/report.h"
@@ -26,6 +28,13 @@ struct Options {
   Settings settings;
 };
 
+using Measure = void (*)(Table*);
+const std::map<std::string, Measure>& Tables() {
+  static const std::map<std::string, Measure> tables = {
+      {"domain", MeasureDomain}, {"cache", MeasureCache}, {"accounts", MeasureAccounts}};
+  return tables;
+}
+
 int Run(const Options& options) {
   const Machine machine = Machine::Here();
   bool is_first = true;
@@ -35,11 +44,7 @@ int Run(const Options& options) {
     fmt::print("{}", LineOf(row));
     std::fflush(stdout);
   });
-  if (options.table == "accounts") {
-    MeasureAccounts(&table);
-  } else {
-    MeasureDomain(&table);
-  }
+  Tables().at(options.table)(&table);
   if (table.rows().empty()) {
     fmt::print(stderr, "mvgpu-bench: --rows: no row of table {} has '{}' in its name\n",
                options.table, options.settings.rows);
@@ -56,7 +61,7 @@ int Main(int argc, char** argv) {
   app.footer(kExitCodes);
   Options options;
   app.add_option("--table", options.table, "which table")
-      ->check(CLI::IsMember({"domain", "accounts"}))
+      ->check(CLI::IsMember(&Tables()))
       ->capture_default_str();
   app.add_flag("--json", options.json, "one JSON object instead of a table");
   app.add_option("--rows", options.settings.rows, "only rows with this in their names")

@@ -1,15 +1,12 @@
-#include <malloc.h>
-
 #include <array>
-#include <fstream>
 #include <memory>
 #include <span>
-#include <string>
 #include <utility>
 #include <vector>
 
 #include "tests/bench/bench_guest.h"
 #include "tests/bench/domain_table.h"
+#include "tests/bench/own_memory.h"
 #include "tests/bench/page_slices.h"
 
 namespace mvgpu::bench {
@@ -17,31 +14,6 @@ namespace mvgpu::bench {
 namespace {
 
 using domain::Access;
-
-// What this process has of its own. Guest memory is shared and untouched: it is not in here.
-struct OwnMemory {
-  double malloced = 0;  // bytes that are in use of what malloc gave out
-  double touched = 0;   // bytes of private pages that the kernel provided, malloc's included
-
-  static OwnMemory Now() {
-    const struct mallinfo2 info = mallinfo2();
-    OwnMemory now{static_cast<double>(info.uordblks + info.hblkhd), 0};
-    std::ifstream rollup("/proc/self/smaps_rollup");
-    for (std::string line; std::getline(rollup, line);) {
-      if (line.starts_with("Anonymous:")) now.touched = std::stod(line.substr(10)) * 1024;
-    }
-    return now;
-  }
-};
-
-// Gives what was freed back to the kernel, then takes 1 MiB from it that small blocks can come
-// from: so what small blocks touch was touched before, and does not count as whole pages.
-void SettleHeap() {
-  malloc_trim(0);
-  std::vector<std::unique_ptr<char[]>> blocks;
-  for (size_t i = 0; i < 256; ++i) blocks.push_back(std::make_unique<char[]>(4096));
-  Keep(reinterpret_cast<uint64_t>(blocks.data()));
-}
 
 // What hold(context) makes a fresh domain take, in bytes: what it asked malloc for and the pages
 // that it touched. Where malloc had to touch pages for it they are counted twice, so this errs

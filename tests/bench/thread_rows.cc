@@ -1,22 +1,19 @@
 #include <fmt/format.h>
 
 #include <array>
-#include <atomic>
-#include <thread>
 #include <utility>
 
 #include "tests/bench/baselines/flat_counters.h"
 #include "tests/bench/bench_guest.h"
 #include "tests/bench/domain_table.h"
 #include "tests/bench/page_slices.h"
+#include "tests/bench/two_threads.h"
 
 namespace mvgpu::bench {
 
 namespace {
 
 using domain::Access;
-
-constexpr size_t kThreads = 2;
 
 // Two contexts of one owner, each of which holds all memory page by page, and random pages for
 // each thread: of its half of the memory, and of all of it.
@@ -43,32 +40,6 @@ struct Subject {
   std::array<PageSlices, kThreads> everywhere;
   std::array<PageSlices, kThreads> halves;
 };
-
-// Runs work(thread) in `count` threads, each on a processor of its own, at the same time. Returns
-// the ns from the start until the last one is done, for each of `units` units of work.
-template <typename Work>
-double Together(size_t count, uint64_t units, const Work& work) {
-  std::atomic<size_t> waiting{0};
-  std::array<double, kThreads> start{};
-  std::array<double, kThreads> end{};
-  std::vector<std::thread> threads;
-  for (size_t i = 0; i < count; ++i) {
-    threads.emplace_back([&, i] {
-      StayOn(i);
-      waiting.fetch_add(1);
-      while (waiting.load() != count) {
-      }
-      start[i] = NsOf(CLOCK_MONOTONIC);
-      work(i);
-      end[i] = NsOf(CLOCK_MONOTONIC);
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  const double taken =
-      *std::max_element(end.begin(), end.begin() + static_cast<ptrdiff_t>(count)) -
-      *std::min_element(start.begin(), start.begin() + static_cast<ptrdiff_t>(count));
-  return taken / static_cast<double>(units);
-}
 
 Side OurThreads(Subject* subject, std::array<PageSlices, kThreads> Subject::*pages, size_t count) {
   return [subject, pages, count](uint64_t round) {

@@ -253,10 +253,12 @@ TEST_F(PinLimitTest, BeyondThePinLimitTheGuestGetsACleanError) {
   EXPECT_EQ(AttachRam(1, 0, 8 * 4096), kOk);
 }
 
-TEST(GpuDeviceCreateTest, ImpossibleConfigurationsAreRefused) {
+class GpuDeviceCreateTest : public GpuTest {};
+
+TEST_F(GpuDeviceCreateTest, ImpossibleConfigurationsAreRefused) {
   using mvgpu::testing::FailsWith;
-  const auto create = [](GpuConfig config) {
-    return GpuDevice::Create(config, nullptr, nullptr, nullptr);
+  const auto create = [this](GpuConfig config) {
+    return GpuDevice::Create(config, &*cache_, nullptr, nullptr);
   };
   EXPECT_THAT(create({}), mvgpu::testing::IsOk());
   EXPECT_THAT(create({.scanouts = 0}), FailsWith(ErrorCode::kInvalid));

@@ -1,0 +1,278 @@
+#include "dma-cache/dma_user.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <utility>
+
+#include "apionly-domain/base/check.h"
+#include "dma-cache/dma_cache.h"
+
+namespace mvgpu::dma {
+
+namespace {
+
+constexpr uint64_t Bit(size_t i) { return uint64_t{1} << i; }
+
+}  // namespace
+
+DmaUser::~DmaUser() { cache_.CloseUser(this); }
+
+Result<DmaMapping> DmaUser::map(IovaRange range, Direction direction) {
+  return Map(range, direction, /*contiguous=*/false);
+}
+
+Result<DmaMapping> DmaUser::map_contiguous(IovaRange range, Direction direction) {
+  return Map(range, direction, /*contiguous=*/true);
+}
+
+Result<DmaMapping> DmaUser::Map(IovaRange range, Direction direction, bool contiguous) {
+  const PageRun pages = PagesOf(range);
+  Result<DmaMapping> mapping;  // filled where it is: moving one costs as much as a hit
+  mapping->user_ = this;
+  mapping->for_write_ = IsForWrite(direction);
+  if (!TryMap(pages, direction, &*mapping)) [[unlikely]] {
+    auto held = cache_.HoldRange(this, pages, direction, contiguous);
+    if (!held) {
+      mapping = tl::unexpected<Error>(std::move(held).error());
+      return mapping;
+    }
+    mapping->epoch_ = held->epoch;
+    mapping->runs_ = std::move(held->runs);
+  } else if (contiguous && mapping->runs().size() > 1) {
+    const Error error = DmaCache::NotContiguousError(pages);
+    mapping->reset();
+    mapping = tl::unexpected<Error>(error);
+  }
+  return mapping;
+}
+
+bool DmaUser::TryMap(PageRun pages, Direction direction, DmaMapping* mapping) {
+  const uint64_t wanted = WantedFlags(AccessFor(direction));
+  const auto find = [this](uint64_t page) { return table_.find_near(page); };
+  SpinLockHold hold(lock_);
+  if (!AppendRuns(pages, wanted, find, &mapping->runs_) ||
+      !CountsLocked(IsForWrite(direction))
+           .try_add(pages, domain::PinCounts::FormFor(pages.count))) {
+    mapping->runs_.clear();  // nothing is held
+    return false;
+  }
+  mapping->epoch_ = epoch_;
+  ++figures_.map_calls;
+  figures_.hit_pages += pages.count;
+  return true;
+}
+
+void DmaUser::Release(PageRun pages, bool for_write, uint64_t epoch) {
+  {
+    SpinLockHold hold(lock_);
+    if ((epoch == epoch_ || revoked_.empty()) &&
+        CountsLocked(for_write).try_remove(pages, domain::PinCounts::FormFor(pages.count))) {
+      return;
+    }
+  }
+  MVGPU_CHECK(cache_.Release(this, {&pages, 1}, for_write, epoch));
+}
+
+bool DmaUser::IsValid(PageRun pages, uint64_t epoch) {
+  SpinLockHold hold(lock_);
+  return epoch == epoch_ || !revoked_.any(pages, epoch);
+}
+
+Result<uint64_t> DmaUser::map_pages(std::span<const Iova> pages, Direction direction,
+                                    std::span<DmaAddr> addresses) {
+  MVGPU_DCHECK(pages.size() == addresses.size());
+  for (;;) {
+    std::optional<uint64_t> epoch;
+    MVGPU_ASSIGN_OR_RETURN(const bool done, TryMapPages(pages, direction, addresses, &epoch));
+    if (done) return epoch.value_or(0);
+    // The vmm took pages of this user away between two batches: once more, in the new epoch. It
+    // takes the vmm a message each time.
+  }
+}
+
+Result<bool> DmaUser::TryMapPages(std::span<const Iova> pages, Direction direction,
+                                  std::span<DmaAddr> addresses, std::optional<uint64_t>* epoch) {
+  for (size_t done = 0; done < pages.size(); done += kBatch) {
+    const size_t count = std::min(kBatch, pages.size() - done);
+    auto mapped =
+        MapBatch({pages.subspan(done, count), direction, addresses.subspan(done, count)}, epoch);
+    if (!mapped || !*mapped) [[unlikely]] {
+      if (done != 0) {
+        MVGPU_CHECK(unmap_pages(pages.first(done), direction, **epoch).has_value());
+      }
+      return mapped;
+    }
+  }
+  return true;
+}
+
+Result<bool> DmaUser::MapBatch(const Batch& batch, std::optional<uint64_t>* epoch) {
+  uint64_t misses = 0;
+  if (!MapHits(batch, epoch, &misses)) return false;
+  if (misses == 0) [[likely]] {
+    return true;
+  }
+  auto mapped = cache_.HoldPages(this, batch, misses, **epoch);
+  if (mapped && *mapped) return mapped;
+  for (size_t i = 0; i < batch.pages.size(); ++i) {
+    if ((misses & Bit(i)) != 0) continue;
+    Release({batch.pages[i].page(), 1}, IsForWrite(batch.direction), **epoch);
+  }
+  return mapped;
+}
+
+// In two passes: the first asks for the entries and the counters, which lie anywhere in many
+// megabytes; by the time of the second they are there.
+bool DmaUser::MapHits(const Batch& batch, std::optional<uint64_t>* epoch, uint64_t* misses) {
+  const std::span<const Iova> pages = batch.pages;
+  const uint64_t wanted = WantedFlags(AccessFor(batch.direction));
+  std::array<uint64_t, kBatch> granules;
+  std::array<uint64_t*, kBatch> words;
+  SpinLockHold hold(lock_);
+  if (epoch->value_or(epoch_) != epoch_) return false;
+  *epoch = epoch_;
+  domain::PinCounts& counts = CountsLocked(IsForWrite(batch.direction));
+  for (size_t i = 0; i < pages.size(); ++i) {
+    granules[i] = table_.granule_near(pages[i].page());
+    words[i] = counts.dense().find_near(pages[i].page());
+    __builtin_prefetch(words[i], /*rw=*/1);
+  }
+  uint64_t missed = 0;
+  for (size_t i = 0; i < pages.size(); ++i) {
+    const uint64_t page = pages[i].page();
+    const Table::Found found = Table::find_in(granules[i], page);
+    batch.addresses[i] = DmaAddr(BytesIn(found.target()) | pages[i].offset_in_page());
+    const bool counted = IsUsable(found.flags(), wanted) && words[i] != nullptr &&
+                         (domain::PageCounters::TryAddOne(words[i], page) ||
+                          counts.try_add({page, 1}, Form::kDense));
+    if (!counted) [[unlikely]] {
+      missed |= Bit(i);
+    }
+  }
+  figures_.map_calls += missed == 0 ? 1 : 0;
+  figures_.hit_pages += pages.size() - static_cast<size_t>(std::popcount(missed));
+  *misses = missed;
+  return true;
+}
+
+Result<void> DmaUser::unmap_pages(std::span<const Iova> pages, Direction direction,
+                                  uint64_t epoch) {
+  const bool for_write = IsForWrite(direction);
+  for (size_t done = 0; done < pages.size(); done += kBatch) {
+    const auto batch = pages.subspan(done, std::min(kBatch, pages.size() - done));
+    uint64_t misses = UnmapHits(batch, for_write, epoch);
+    if (misses == 0) [[likely]] {
+      continue;
+    }
+    std::array<PageRun, kBatch> left;
+    size_t count = 0;
+    for (; misses != 0; misses &= misses - 1) {
+      left[count++] = {batch[static_cast<size_t>(std::countr_zero(misses))].page(), 1};
+    }
+    if (!cache_.Release(this, std::span(left).first(count), for_write, epoch)) {
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("a page of the {} from iova {:#x} on is released, but its user does "
+                              "not hold it since epoch {}",
+                              batch.size(), batch.front().value(), epoch));
+    }
+  }
+  return {};
+}
+
+// The pages that it did not release.
+uint64_t DmaUser::UnmapHits(std::span<const Iova> pages, bool for_write, uint64_t epoch) {
+  std::array<uint64_t*, kBatch> words;
+  SpinLockHold hold(lock_);
+  domain::PinCounts& counts = CountsLocked(for_write);
+  uint64_t missed = 0;
+  if (epoch != epoch_ && (epoch > epoch_ || !revoked_.empty())) {
+    return pages.size() == kBatch ? ~uint64_t{0} : Bit(pages.size()) - 1;
+  }
+  for (size_t i = 0; i < pages.size(); ++i) {
+    words[i] = counts.dense().find_near(pages[i].page());
+    __builtin_prefetch(words[i], /*rw=*/1);
+  }
+  for (size_t i = 0; i < pages.size(); ++i) {
+    const uint64_t page = pages[i].page();
+    const bool counted =
+        words[i] != nullptr && (domain::PageCounters::TryRemoveOne(words[i], page) ||
+                                (domain::PageCounters::IsHeld(words[i], page) &&
+                                 counts.try_remove({page, 1}, Form::kDense)));
+    if (!counted) [[unlikely]] {
+      missed |= Bit(i);
+    }
+  }
+  return missed;
+}
+
+uint64_t DmaUser::AddHolds(PageRun pages, bool for_write, const Figures& figures) {
+  SpinLockHold hold(lock_);
+  CountsLocked(for_write).add(pages, domain::PinCounts::FormFor(pages.count));
+  figures_.map_calls += figures.map_calls;
+  figures_.hit_pages += figures.hit_pages;
+  return epoch_;
+}
+
+uint64_t DmaUser::epoch() {
+  SpinLockHold hold(lock_);
+  return epoch_;
+}
+
+bool DmaUser::RemoveHolds(PageRun pages, bool for_write, uint64_t epoch,
+                          std::vector<PageRun>* freed) {
+  SpinLockHold hold(lock_);
+  if (epoch > epoch_) return false;
+  real_.clear();
+  if (epoch == epoch_ || revoked_.empty()) {
+    real_.push_back(pages);
+  } else {
+    revoked_.release(pages, epoch, &real_);
+  }
+  const auto form = domain::PinCounts::FormFor(pages.count);
+  domain::PinCounts& counts = CountsLocked(for_write);
+  for (const PageRun& run : real_) {
+    // Handles hold what they say; of single pages it is the caller who says so.
+    if (run.count == 1 && form == Form::kDense && !counts.dense().holds(run.first)) return false;
+    counts.remove(run, form, freed);
+  }
+  return true;
+}
+
+void DmaUser::AppendUnheld(const std::vector<PageRun>& pages, bool for_write,
+                           std::vector<PageRun>* unheld) {
+  SpinLockHold hold(lock_);
+  for (const PageRun& run : pages) CountsLocked(for_write).append_unheld(run, unheld);
+}
+
+bool DmaUser::HoldsAny(PageRun pages) {
+  SpinLockHold hold(lock_);
+  return counts_[0].any(pages) || counts_[1].any(pages);
+}
+
+void DmaUser::Forget(std::span<const PageRun> pages) {
+  std::vector<std::pair<PageRun, uint64_t>> forgotten;  // pages, holds of each
+  SpinLockHold hold(lock_);
+  for (const PageRun& run : pages) {
+    for (domain::PinCounts& counts : counts_) {
+      counts.forget(
+          run, [&forgotten](PageRun part, uint64_t holds) { forgotten.emplace_back(part, holds); });
+      counts.trim(run);
+    }
+  }
+  if (!forgotten.empty()) ++epoch_;
+  for (const auto& [run, holds] : forgotten) revoked_.add(run, holds, epoch_);
+}
+
+bool DmaUser::IsEmpty() {
+  SpinLockHold hold(lock_);
+  return counts_[0].empty() && counts_[1].empty() && revoked_.empty();
+}
+
+DmaUser::Figures DmaUser::figures() {
+  SpinLockHold hold(lock_);
+  return figures_;
+}
+
+}  // namespace mvgpu::dma

@@ -1,0 +1,145 @@
+// Last releases: what becomes idle, and what goes.
+
+#include <algorithm>
+#include <utility>
+
+#include "apionly-domain/base/check.h"
+#include "dma-cache/dma_cache.h"
+
+namespace mvgpu::dma {
+
+bool DmaCache::Release(DmaUser* user, std::span<const PageRun> pages, bool for_write,
+                       uint64_t epoch) {
+  MutexLock lock(mutex_);
+  bool held = true;
+  for (const PageRun& run : pages) held = held && ReleaseLocked(user, run, for_write, epoch);
+  return held;
+}
+
+bool DmaCache::ReleaseLocked(DmaUser* user, PageRun pages, bool for_write, uint64_t epoch) {
+  scratch_.freed.clear();
+  const bool held = user->RemoveHolds(pages, for_write, epoch, &scratch_.freed);
+  LetGoLocked(&scratch_.freed, for_write);
+  return held;
+}
+
+void DmaCache::LetGoLocked(std::vector<PageRun>* pages, bool for_write) {
+  for (DmaUser* user : users_) {
+    if (pages->empty()) return;
+    scratch_.rest.clear();
+    user->AppendUnheld(*pages, for_write, &scratch_.rest);
+    pages->swap(scratch_.rest);
+  }
+  scratch_.released.clear();
+  for (const PageRun& run : *pages) AppendExtents(run, &scratch_.released);
+  const auto append = [](PageRun run, std::vector<PageRun>* runs) {
+    if (!runs->empty() && runs->back().end() == run.first) {
+      runs->back().count += run.count;
+    } else {
+      runs->push_back(run);
+    }
+  };
+  scratch_.unused.clear();
+  scratch_.idle.clear();
+  for (const Extent& extent : scratch_.released) {
+    if ((extent.flags & PinnedFlag(!for_write)) != 0) {
+      DropPinLocked(extent.pages, for_write);  // others hold it for the other kind
+    } else {
+      append(extent.pages, KeepIdleLocked(extent) ? &scratch_.idle : &scratch_.unused);
+    }
+  }
+  DropLocked(scratch_.unused);
+  for (const PageRun& run : scratch_.idle) idle_.add(run);
+  if (idle_.pages() > options_.idle_limit_pages) {
+    EvictLocked(idle_.pages() - options_.idle_limit_pages);
+  }
+}
+
+// Idle pages are pinned for reading: who may have written to them has let go.
+bool DmaCache::KeepIdleLocked(const Extent& extent) {
+  if (options_.idle_limit_pages == 0 || (extent.flags & Table::kGoing) != 0) return false;
+  if ((extent.flags & Table::kPinnedRead) != 0) return true;
+  auto pin = pins_->pin(RangeOf(extent.pages), domain::Access::kRead);
+  if (!pin) return false;  // write-only, or about to be unmapped
+  const bool as_runs = pin->keep() == domain::PinCounts::Form::kRuns;
+  table_.change_flags(extent.pages,
+                      Table::kPinnedRead | (as_runs ? Table::kReadAsRuns : uint64_t{0}), 0);
+  DropPinLocked(extent.pages, /*for_write=*/true);
+  return true;
+}
+
+void DmaCache::AppendExtents(PageRun pages, std::vector<Extent>* extents) const {
+  table_.for_each(pages, [extents](const Extent& extent) { extents->push_back(extent); });
+}
+
+void DmaCache::UnpinLocked(std::span<const Extent> extents, bool for_write) {
+  const domain::Access access = for_write ? domain::Access::kWrite : domain::Access::kRead;
+  PageRun run;
+  uint64_t as_runs = 0;
+  const auto release = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (run.count == 0) return;
+    pins_->release_kept(
+        run, access,
+        as_runs != 0 ? domain::PinCounts::Form::kRuns : domain::PinCounts::Form::kDense);
+  };
+  for (const Extent& extent : extents) {
+    if ((extent.flags & PinnedFlag(for_write)) == 0) continue;
+    if (run.count == 0 || run.end() != extent.pages.first ||
+        (extent.flags & AsRunsFlag(for_write)) != as_runs) {
+      release();
+      run = {extent.pages.first, 0};
+      as_runs = extent.flags & AsRunsFlag(for_write);
+    }
+    run.count += extent.pages.count;
+  }
+  release();
+}
+
+void DmaCache::DropPinLocked(PageRun pages, bool for_write) {
+  scratch_.dropped.clear();
+  AppendExtents(pages, &scratch_.dropped);
+  table_.change_flags(pages, 0, PinnedFlag(for_write) | AsRunsFlag(for_write));
+  UnpinLocked(scratch_.dropped, for_write);
+}
+
+void DmaCache::DropLocked(std::span<const PageRun> pages) {
+  scratch_.dropped.clear();
+  for (const PageRun& run : pages) AppendExtents(run, &scratch_.dropped);
+  if (scratch_.dropped.empty()) return;
+  for (const Extent& extent : scratch_.dropped) {
+    mapper_->unmap(DmaAddr(BytesIn(extent.target)), BytesIn(extent.pages.count));
+    reverse_.remove(extent.pages, extent.target);
+    counters_.unmapped_pages += extent.pages.count;
+    counters_.cached_pages -= extent.pages.count;
+  }
+  mapper_->flush();
+  for (const PageRun& run : pages) {
+    table_.unmap(run);
+    // What is left of a piece is one: it must not look like a part of what is mapped here next.
+    table_.start_at(run.end());
+  }
+  UnpinLocked(scratch_.dropped, /*for_write=*/false);
+  UnpinLocked(scratch_.dropped, /*for_write=*/true);
+  ReclaimLocked();
+}
+
+bool DmaCache::EvictLocked(uint64_t pages) {
+  if (idle_.pages() == 0) return false;
+  for (uint64_t gone = 0; gone < pages && idle_.pages() != 0;) {
+    const PageRun oldest = idle_.take_oldest(pages - gone);
+    DropLocked({&oldest, 1});
+    gone += oldest.count;
+    counters_.evicted_pages += oldest.count;
+  }
+  return true;
+}
+
+// A hit reads the table under its user's lock: who has taken all of these once has outlived every
+// reader that could have seen a node that was taken out before.
+void DmaCache::ReclaimLocked() {
+  if (!table_.has_retired()) return;
+  for (DmaUser* user : users_) SpinLockHold hold(user->lock_);
+  table_.reclaim();
+}
+
+}  // namespace mvgpu::dma

@@ -1,0 +1,146 @@
+#include "dma-cache/page_map.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+
+#include "dma-cache/reverse_map.h"
+#include "dma-cache/revoked_holds.h"
+
+namespace mvgpu::dma {
+namespace {
+
+using Flags = PageMapFlags;
+
+// Random stretches around the edges of every level, against a map of single pages.
+TEST(PageMapTest, AgreesWithAMapOfPages) {
+  constexpr uint64_t kPlaces[] = {
+      0, 500, 1 << 18, (1 << 18) - 30, (uint64_t{1} << 32) - 600, uint64_t{1} << 40};
+  PageMap<PackedTargets> map;
+  std::map<uint64_t, std::pair<uint64_t, uint64_t>> naive;  // page -> target, flags
+  std::mt19937_64 random(5);
+  for (int step = 0; step < 4000; ++step) {
+    const uint64_t first = kPlaces[random() % std::size(kPlaces)] + random() % 600;
+    PageRun run{first, 1 + random() % (random() % 8 == 0 ? 1600 : 20)};
+    const auto taken = naive.lower_bound(run.first);
+    switch (random() % 4) {
+      case 0:
+      case 1: {
+        if (taken != naive.end() && taken->first < run.end()) run.count = taken->first - run.first;
+        if (run.count == 0) break;
+        const uint64_t target = random() % (uint64_t{1} << (random() % 4 == 0 ? 51 : 39));
+        map.map(run, target, Flags::kRead | Flags::kPinnedRead);
+        for (uint64_t i = 0; i < run.count; ++i) {
+          naive[run.first + i] = {target + i,
+                                  Flags::kRead | Flags::kPinnedRead | (i == 0 ? Flags::kStart : 0)};
+        }
+        break;
+      }
+      case 2:
+        map.unmap(run);
+        naive.erase(taken, naive.lower_bound(run.end()));
+        break;
+      default: {
+        const uint64_t set = random() % 2 == 0 ? Flags::kGoing : Flags::kPinnedWrite;
+        const uint64_t clear = random() % 2 == 0 ? Flags::kPinnedRead : Flags::kStart;
+        map.change_flags(run, set, clear);
+        for (auto it = taken; it != naive.end() && it->first < run.end(); ++it) {
+          it->second.second = (it->second.second & ~clear) | set;
+        }
+      }
+    }
+    if (step % 5 == 0) map.reclaim();
+    auto expected = naive.lower_bound(run.first);
+    map.for_each({run.first, run.count + 700}, [&](const auto& extent) {
+      for (uint64_t i = 0; i < extent.pages.count; ++i, ++expected) {
+        ASSERT_EQ(expected->first, extent.pages.first + i) << step;
+        ASSERT_EQ(expected->second.first, extent.target + i) << step;
+        const uint64_t flags = i == 0 ? extent.flags : extent.flags & ~Flags::kStart;
+        ASSERT_EQ(expected->second.second, flags) << step << " " << i;
+        ASSERT_EQ(map.find(extent.pages.first + i).target(), extent.target + i);
+      }
+    });
+    ASSERT_EQ(expected, naive.lower_bound(run.first + run.count + 700)) << step;
+  }
+}
+
+TEST(PageMapTest, WhatIsWholeIsOneWordAndCanBeCut) {
+  PageMap<PackedTargets> map;
+  constexpr uint64_t kChunk = 1 << 18;
+  map.map({0, 3 * kChunk}, 1000, Flags::kRead);
+  EXPECT_EQ(map.find(kChunk).left, kChunk);
+  map.unmap({kChunk + 1000, 1});
+  EXPECT_EQ(map.find(kChunk + 1000).word, 0u);
+  EXPECT_EQ(map.find(kChunk + 1001).target(), 1000 + kChunk + 1001);
+  EXPECT_EQ(map.find(kChunk + 512).left, 1u);
+  EXPECT_EQ(map.find(kChunk + 1024).left, 512u);
+  EXPECT_EQ(map.find(2 * kChunk).left, kChunk);
+}
+
+TEST(ReverseMapTest, AgreesWithAMultimap) {
+  ReverseMap map;
+  std::multimap<uint64_t, uint64_t> naive;  // device -> iova
+  struct Added {
+    PageRun iova;
+    uint64_t device;
+  };
+  std::vector<Added> added;
+  std::mt19937_64 random(3);
+  uint64_t next_iova = 0;
+  for (int step = 0; step < 3000; ++step) {
+    if (added.size() < 40 || random() % 2 == 0) {
+      const PageRun iova{next_iova, 1 + random() % 30};
+      next_iova += iova.count + random() % 5;
+      const uint64_t device = (random() % 3 == 0 ? uint64_t{1} << 35 : 500) + random() % 300;
+      map.add(iova, device);
+      added.push_back({iova, device});
+      for (uint64_t i = 0; i < iova.count; ++i) naive.emplace(device + i, iova.first + i);
+    } else {
+      Added& one = added[random() % added.size()];
+      // A part from its start on, or all.
+      const uint64_t count = 1 + random() % one.iova.count;
+      map.remove({one.iova.first, count}, one.device);
+      for (uint64_t i = 0; i < count; ++i) {
+        auto it = naive.lower_bound(one.device + i);
+        while (it->second != one.iova.first + i) ++it;
+        naive.erase(it);
+      }
+      one = {{one.iova.first + count, one.iova.count - count}, one.device + count};
+      if (one.iova.count == 0) {
+        one = added.back();
+        added.pop_back();
+      }
+    }
+    const uint64_t device = 500 + random() % 330;
+    std::vector<uint64_t> found;
+    map.for_each(device, [&found](uint64_t page) { found.push_back(page); });
+    std::sort(found.begin(), found.end());
+    std::vector<uint64_t> expected;
+    for (auto [it, end] = naive.equal_range(device); it != end; ++it)
+      expected.push_back(it->second);
+    std::sort(expected.begin(), expected.end());
+    ASSERT_EQ(found, expected) << step;
+  }
+}
+
+TEST(RevokedHoldsTest, AHoldOwesNothingWhereItsPageWasRevokedSince) {
+  RevokedHolds holds;
+  holds.add({10, 10}, 2, /*epoch=*/1);
+  holds.add({15, 10}, 1, /*epoch=*/2);
+  EXPECT_TRUE(holds.any({0, 100}, 0));
+  EXPECT_TRUE(holds.any({0, 100}, 1));
+  EXPECT_FALSE(holds.any({0, 15}, 1));
+  EXPECT_FALSE(holds.any({0, 100}, 2));
+  std::vector<PageRun> real;
+  holds.release({5, 25}, 1, &real);
+  EXPECT_EQ(real, (std::vector<PageRun>{{5, 10}, {25, 5}}));
+  real.clear();
+  holds.release({8, 12}, 0, &real);
+  holds.release({10, 10}, 0, &real);
+  EXPECT_EQ(real, (std::vector<PageRun>{{8, 2}}));
+  EXPECT_TRUE(holds.empty());
+}
+
+}  // namespace
+}  // namespace mvgpu::dma
