@@ -90,7 +90,12 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
   auto* dma = AddChoice<DmaMode>(
       app, "--dma", vgpu.dma, DmaModes(),
       "What stands in for dma_map_page: none (host pointers, for CPU rendering; the default), "
+      "physical (host physical addresses, needs CAP_SYS_ADMIN), iommu (addresses of an IOMMU), "
       "vulkan (addresses of a Vulkan device)");
+  app.add_option("--iommu-group", vgpu.iommu_group,
+                 "With --dma=iommu: the IOMMU group, a number in /dev/vfio, whose device does the "
+                 "DMA (default: an IOMMU in software)")
+      ->needs(dma);
   app.add_option("--vulkan-device", vgpu.vulkan_device,
                  "With --dma=vulkan: a UUID, a PCI address, /dev/dri/renderD128 or how a device's "
                  "name begins (default: the first device that can)")

@@ -31,6 +31,7 @@ struct RunOptions {
   std::string pages;
   PinMode pin = PinMode::kNone;
   DmaMode dma = DmaMode::kNone;
+  std::string iommu_group;
   std::string vulkan_device;
   bool as_json = false;
 };
@@ -131,7 +132,8 @@ int Fail(ExitCode code, const std::string& message) {
 int Run(const RunOptions& options) {
   auto reader = OpenTrace(options.trace);
   if (!reader) return Fail(ExitCode::kFailure, reader.error().message());
-  auto player = Player::Create(reader->get(), {options.pin, options.dma, options.vulkan_device});
+  auto player = Player::Create(
+      reader->get(), {options.pin, options.dma, options.iommu_group, options.vulkan_device});
   if (!player) return Fail(ExitCode::kFailure, player.error().message());
   Result<Player::Outcome> outcome = [&] {
     ProgressBar bar(reader->get());
@@ -230,7 +232,10 @@ int Main(int argc, char** argv) {
   AddChoice<PinMode>(*run, "--pin", run_options.pin, PinModes(),
                      "How pages are held: mlock, io-uring, none (default: none)");
   auto* dma = AddChoice<DmaMode>(*run, "--dma", run_options.dma, DmaModes(),
-                                 "The mapper: none, vulkan (default: none)");
+                                 "The mapper: none, physical, iommu, vulkan (default: none)");
+  run->add_option("--iommu-group", run_options.iommu_group,
+                  "With --dma=iommu: a number in /dev/vfio (default: an IOMMU in software)")
+      ->needs(dma);
   run->add_option("--vulkan-device", run_options.vulkan_device,
                   "With --dma=vulkan: a UUID, PCI address, render node or name (default: the first "
                   "device that can)")

@@ -102,10 +102,11 @@ void Session::on_queue_waiting(uint16_t queue, const Error& error) {
 }
 
 void Session::on_unsealed_memory(IovaRange range) {
-  log_.info(fmt::format(
-      "{}: the memory at iova {:#x}-{:#x} is not sealed: if the vmm shrinks its file, requests that "
-      "touch it fail; seal it (qemu: memory-backend-memfd,seal=on) to rule that out",
-      options_.vgpu.name, range.start().value(), range.last().value()));
+  log_.info(
+      fmt::format("{}: the memory at iova {:#x}-{:#x} is not sealed: if the vmm shrinks its file, "
+                  "requests that "
+                  "touch it fail; seal it (qemu: memory-backend-memfd,seal=on) to rule that out",
+                  options_.vgpu.name, range.start().value(), range.last().value()));
 }
 
 void Session::on_refused(const Error& error) {

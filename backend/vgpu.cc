@@ -7,7 +7,12 @@
 
 #include <nlohmann/json.hpp>
 
+#include "apionly-domain/assigned/assigned_space.h"
+#include "apionly-domain/assigned/software_iommu.h"
+#include "apionly-domain/assigned/type1_container.h"
 #include "backend/observed_gpu.h"
+#include "dma-cache/iommu_mapper.h"
+#include "dma-cache/physical_mapper.h"
 #include "dma-cache/vulkan/open_vulkan_mapper.h"
 #include "gpu-model/display/frame_hash.h"
 
@@ -24,12 +29,28 @@ std::vector<gpu::Display*> DisplaysFor(gpu::Display* screenshot, gpu::Display* r
   return {screenshot, reporter};
 }
 
+Result<std::unique_ptr<domain::AssignedIommu>> OpenIommu(const std::string& group) {
+  if (group.empty()) return std::make_unique<domain::SoftwareIommu>();
+  return domain::Type1Container::Create(group);
+}
+
 // `container` outlives the mapper.
 Result<std::unique_ptr<dma::Mapper>> MakeMapper(const VgpuConfig& config,
                                                 const domain::Container* container) {
   switch (config.dma) {
     case DmaMode::kNone:
       break;
+    case DmaMode::kPhysical: {
+      if (config.pin != PinMode::kNone) return dma::PhysicalMapper::Create();
+      return Fail(ErrorCode::kInvalid,
+                  "--dma=physical gives out addresses of pages, which must stay where they are: "
+                  "use --pin=io-uring or --pin=mlock instead of --pin=none");
+    }
+    case DmaMode::kIommu: {
+      MVGPU_ASSIGN_OR_RETURN(auto iommu, OpenIommu(config.iommu_group));
+      return std::make_unique<dma::IommuMapper>(std::make_unique<domain::AssignedSpace>(
+          std::move(iommu), domain::AssignedSpace::Options{}));
+    }
     case DmaMode::kVulkan: {
       dma::VulkanMapperOptions options;
       options.device = config.vulkan_device;

@@ -69,7 +69,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     bool all_released() const;
   };
 
-  // Errors: those of MakeIoUringPinBackend() and OpenVulkanMapper().
+  // Errors: those of MakeIoUringPinBackend(), PhysicalMapper::Create(), Type1Container::Create()
+  // and OpenVulkanMapper(); kInvalid for --dma=physical without pins.
   static Result<Parts> MakeParts(const VgpuConfig& config);
   // `observer` may be null; it and `owner` outlive the vGPU. Errors: those of Ledger::Open(),
   // ApiOnlyDomain::Create() and GpuDevice::Create().

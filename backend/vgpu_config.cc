@@ -32,16 +32,20 @@ const std::map<std::string, PinMode>& PinModes() {
   return modes;
 }
 
-const std::map<std::string, DmaMode>& DmaModes() {
-  static const std::map<std::string, DmaMode> modes = {{"none", DmaMode::kNone},
-                                                       {"vulkan", DmaMode::kVulkan}};
-  return modes;
-}
-
 std::string_view PinModeName(PinMode mode) {
   for (const auto& [name, named] : PinModes())
     if (named == mode) return name;
   return "";
+}
+
+const std::map<std::string, DmaMode>& DmaModes() {
+  static const std::map<std::string, DmaMode> modes = {
+      {"iommu", DmaMode::kIommu},
+      {"none", DmaMode::kNone},
+      {"physical", DmaMode::kPhysical},
+      {"vulkan", DmaMode::kVulkan},
+  };
+  return modes;
 }
 
 std::string_view DmaModeName(DmaMode mode) {

@@ -11,7 +11,7 @@
 namespace mvgpu::backend {
 
 enum class PinMode : uint8_t { kNone, kMlock, kIoUring };
-enum class DmaMode : uint8_t { kNone, kVulkan };
+enum class DmaMode : uint8_t { kNone, kPhysical, kIommu, kVulkan };
 
 // What a vGPU is made of. The part that its guest can notice travels with a trace (to_json), so
 // that a replay builds the same device; how pages are held and mapped is the choice of whoever runs
@@ -23,6 +23,7 @@ struct VgpuConfig {
   PinMode pin = PinMode::kMlock;
   uint64_t pin_limit_bytes = UINT64_MAX;
   DmaMode dma = DmaMode::kNone;
+  std::string iommu_group;    // with kIommu; empty: an IOMMU in software
   std::string vulkan_device;  // with kVulkan, see dma::VulkanMapperOptions; empty: the first
   gpu::GpuConfig gpu;
 
@@ -33,8 +34,8 @@ struct VgpuConfig {
 
 // By the names that command lines and reports use.
 const std::map<std::string, PinMode>& PinModes();
-const std::map<std::string, DmaMode>& DmaModes();
 std::string_view PinModeName(PinMode mode);
+const std::map<std::string, DmaMode>& DmaModes();
 std::string_view DmaModeName(DmaMode mode);
 
 }  // namespace mvgpu::backend

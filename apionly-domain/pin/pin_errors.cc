@@ -123,4 +123,49 @@ Error IoUringSetupError(int sys_errno) {
   }
 }
 
+Error Type1MapError(int sys_errno, IovaRange iova) {
+  const std::string what =
+      fmt::format("cannot map {} bytes at device iova {:#x}", iova.size(), iova.start().value());
+  switch (sys_errno) {
+    case ENOMEM: {
+      const uint64_t locked = OwnKernelCounters().vm_lck_kb * 1024;
+      const rlim_t limit = MemlockLimit();
+      if (limit == RLIM_INFINITY) {
+        return Error(ErrorCode::kLimit,
+                     fmt::format("{}: the kernel is out of memory for it; {} bytes are locked and "
+                                 "RLIMIT_MEMLOCK is unlimited",
+                                 what, locked));
+      }
+      return Error(ErrorCode::kLimit,
+                   fmt::format("{}: {} bytes are locked and RLIMIT_MEMLOCK is {}; raise it to at "
+                               "least {} (systemd LimitMEMLOCK=, ulimit -l) or give the process "
+                               "CAP_IPC_LOCK",
+                               what, locked, limit, locked + iova.size()));
+    }
+    case ENOSPC:
+      return Error(ErrorCode::kLimit,
+                   fmt::format("{}: the container has its most mappings, {}; raise "
+                               "vfio_iommu_type1.dma_entry_limit",
+                               what,
+                               FirstWordOf("/sys/module/vfio_iommu_type1/parameters/"
+                                           "dma_entry_limit")));
+    case EEXIST:
+      return Error(ErrorCode::kOverlap,
+                   fmt::format("{}: something is mapped in these iovas already", what));
+    case EINVAL:
+      return Error(ErrorCode::kInvalid,
+                   fmt::format("{}: not whole pages of the iommu, or not inside the iovas that it "
+                               "translates",
+                               what));
+    case EFAULT:
+      return Error(ErrorCode::kTruncated,
+                   fmt::format("{}: the memory behind it is not there (any more)", what));
+    case EPERM:
+      return Error(ErrorCode::kPermission,
+                   fmt::format("{}: the device may not reach that memory that way", what));
+    default:
+      return Error::System(sys_errno, what);
+  }
+}
+
 }  // namespace mvgpu::domain

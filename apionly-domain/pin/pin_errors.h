@@ -1,5 +1,6 @@
 #pragma once
 
+#include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
 #include "apionly-domain/memory/guest_file.h"
 
@@ -12,5 +13,7 @@ namespace mvgpu::domain {
 Error MlockError(int sys_errno, const GuestFile& file, PageRun pages, uint64_t new_pages);
 Error IoUringPinError(int sys_errno, const GuestFile& file, PageRun pages);
 Error IoUringSetupError(int sys_errno);
+// VFIO type1 would not map `iova` for a device, which pins and locks the memory behind it.
+Error Type1MapError(int sys_errno, IovaRange iova);
 
 }  // namespace mvgpu::domain

@@ -42,6 +42,7 @@ Result<std::unique_ptr<Player>> Player::Create(TraceReader* reader, Options opti
   config.pin = options.pin;
   config.dma = options.dma;
   config.vulkan_device = options.vulkan_device;
+  config.iommu_group = options.iommu_group;
   std::unique_ptr<Player> player(new Player(reader));
   MVGPU_ASSIGN_OR_RETURN(Vgpu::Parts parts, Vgpu::MakeParts(config));
   parts.mapper = player->account_.Watch(std::move(parts.mapper));

@@ -29,6 +29,7 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   struct Options {
     PinMode pin = PinMode::kNone;
     DmaMode dma = DmaMode::kNone;
+    std::string iommu_group{};    // with DmaMode::kIommu
     std::string vulkan_device{};  // with DmaMode::kVulkan
   };
   struct Outcome {

@@ -55,7 +55,7 @@ TEST_F(BackendCommandLineTest, CapabilitiesAreOneJsonObject) {
   ASSERT_TRUE(capabilities.is_object()) << process.out();
   EXPECT_EQ(capabilities.at("type"), "gpu");
   EXPECT_EQ(capabilities.at("pin").dump(), "[\"io-uring\",\"mlock\",\"none\"]");
-  EXPECT_EQ(capabilities.at("dma").dump(), "[\"none\",\"vulkan\"]");
+  EXPECT_EQ(capabilities.at("dma").dump(), "[\"iommu\",\"none\",\"physical\",\"vulkan\"]");
   EXPECT_EQ(process.err(), "");
 }
 
@@ -80,6 +80,11 @@ TEST_F(BackendCommandLineTest, MistakesAreOneLineAndExitCodeTwo) {
   EXPECT_THAT(ExpectRefuses({path, "--pin=glue"}, 2), HasSubstr("glue"));
   EXPECT_THAT(ExpectRefuses({path, "--dma=magic"}, 2), HasSubstr("magic"));
   EXPECT_THAT(ExpectRefuses({path, "--vulkan-device=x"}, 2), HasSubstr("requires --dma"));
+  EXPECT_THAT(ExpectRefuses({path, "--iommu-group=1"}, 2), HasSubstr("--dma"));
+  EXPECT_THAT(ExpectRefuses({path, "--dma=iommu", "--iommu-group=none-such"}, 1),
+              HasSubstr("/dev/vfio"));
+  EXPECT_THAT(ExpectRefuses({path, "--dma=physical", "--pin=none"}, 1),
+              HasSubstr("--pin=io-uring"));
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=lots"}, 2), HasSubstr("lots"));
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=99999999999999999999G"}, 2),
               HasSubstr("pin-limit"));

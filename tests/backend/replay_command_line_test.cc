@@ -88,6 +88,15 @@ TEST(ReplayOfTheBuiltInTrace, RunsAsRecordedAndWritesPictureAndAccount) {
   EXPECT_EQ(rows, report["pages_touched"].get<size_t>());
 }
 
+TEST(ReplayOfTheBuiltInTrace, RunsAsRecordedWithEveryMapper) {
+  EXPECT_EQ(RunReplay({"run", "--dma=iommu"}).exit_code, 0);
+  const Ran physical = RunReplay({"run", "--dma=physical", "--pin=mlock"});
+  if (physical.err.find("CAP_SYS_ADMIN") == std::string::npos) {
+    EXPECT_EQ(physical.exit_code, 0) << physical.err;
+  }
+  EXPECT_THAT(ExpectFails({"run", "--dma=physical"}, 3), HasSubstr("--pin=mlock"));
+}
+
 TEST(ReplayOfTheBuiltInTrace, TableIsForPeople) {
   const Ran ran = RunReplay({"run"});
   EXPECT_EQ(ran.exit_code, 0);

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Builds CACHE/guest/VERSION/initramfs.gz from the parts that fetch.sh made and tests/vm/init.
 #
-#   tests/vm/build_initramfs.sh VERSION            build if an input has changed
-#   tests/vm/build_initramfs.sh --check VERSION    exit 1 if it would build
+#   tests/vm/build_initramfs.sh VERSION                   build if an input has changed
+#   tests/vm/build_initramfs.sh --check VERSION           exit 1 if it would build
+#   tests/vm/build_initramfs.sh --program FILE VERSION    the same image with FILE, its libraries and
+#                                                         VFIO's modules; prints where it is
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cache=${MVGPU_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/mvgpu}
 wanted_modules=(virtio_pci virtio_gpu)
+program_modules=(vfio_iommu_type1 vfio-pci)
 programs=(modetest proptest vbltest)
 PATH=$PATH:/usr/sbin:/sbin
 
@@ -19,22 +22,23 @@ inputs_hash() {
 
 is_current() { [[ -f $guest/initramfs.gz && -f $guest/stamp && $(<"$guest/stamp") == "$(inputs_hash)" ]]; }
 
-# Copies the wanted modules and their dependencies, unpacked, and lists them in load order.
-add_modules() {
-  local tree=$1 release=$2 path name
-  for module in "${wanted_modules[@]}"; do
+# Copies modules and their dependencies into a folder, unpacked, and lists them in load order.
+add_modules() {  # add_modules FOLDER RELEASE MODULE...
+  local folder=$1 release=$2 path name
+  shift 2
+  for module in "$@"; do
     modprobe --show-depends -S "$release" -d "$kernel" "$module"
-  done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' >"$tree/paths"
-  [[ -s $tree/paths ]] || die "kernel $release: no module files for ${wanted_modules[*]} in $kernel"
+  done | sed -n 's/^insmod \([^ ]*\).*/\1/p' | awk '!seen[$0]++' >"$folder/paths"
+  [[ -s $folder/paths ]] || die "kernel $release: no module files for $* in $kernel"
   while read -r path; do
     name=$(basename "$path")
     case $name in
-      *.xz) xz -dc "$path" >"$tree/modules/${name%.xz}" ;;
-      *) cp "$path" "$tree/modules/$name" ;;
+      *.xz) xz -dc "$path" >"$folder/${name%.xz}" ;;
+      *) cp "$path" "$folder/$name" ;;
     esac
-    echo "${name%.xz}" >>"$tree/modules/order"
-  done <"$tree/paths"
-  rm "$tree/paths"
+    echo "${name%.xz}" >>"$folder/order"
+  done <"$folder/paths"
+  rm "$folder/paths"
 }
 
 # Copies the programs, the loader and the libraries that the loader names for them.
@@ -67,7 +71,7 @@ build() {
   # shellcheck disable=SC2064  # $temp is a local: expand it now
   trap "rm -rf '$temp'" EXIT
   mkdir -p "$temp"/{tree/{bin,lib64,modules,proc,sys,dev,tmp},out}
-  add_modules "$temp/tree" "$release"
+  add_modules "$temp/tree/modules" "$release" "${wanted_modules[@]}"
   add_programs "$temp/tree"
   install -m 755 "$here/init" "$temp/tree/init"
   pack "$temp/tree" "$temp/out/initramfs.gz"
@@ -80,14 +84,46 @@ build() {
     "$(($(stat -c %s "$guest/initramfs.gz") / 1024))" "$((SECONDS - start))" >&2
 }
 
+# The host's libraries of a program, its loader included. They lie in a folder of their own: those of
+# the userland may be older.
+libraries_of() { ldd "$1" | sed -n 's/.*=> \(\/[^ ]*\) .*/\1/p; s/^\t\(\/[^ ]*\) .*/\1/p'; }
+
+# A kernel unpacks archives that follow each other over one another: the program's is put behind.
+build_with_program() {
+  local file=$1 hash image temp libraries
+  mapfile -t libraries < <(libraries_of "$file")
+  hash=$(cat "$guest/stamp" "$file" "${libraries[@]}" | sha256sum | cut -c1-16)
+  image=$guest/$(basename "$file")-$hash.gz
+  if [[ ! -f $image ]]; then
+    temp=$(mktemp -d "$cache/tmp.guest.XXXXXX")
+    # shellcheck disable=SC2064  # $temp is a local: expand it now
+    trap "rm -rf '$temp'" EXIT
+    mkdir -p "$temp/tree/program/lib" "$temp/tree/program/modules"
+    add_modules "$temp/tree/program/modules" "$(<"$kernel/release")" "${program_modules[@]}"
+    cp -L "${libraries[@]}" "$temp/tree/program/lib/"
+    install -m 755 "$file" "$temp/tree/program/main"
+    strip "$temp/tree/program/main"
+    pack "$temp/tree" "$temp/program.gz"
+    cat "$guest/initramfs.gz" "$temp/program.gz" >"$temp/image.gz"
+    # Those of earlier builds that nobody uses any more.
+    find "$guest" -maxdepth 1 -name "$(basename "$file")-*.gz" -mmin +60 -delete
+    mv "$temp/image.gz" "$image"
+  fi
+  echo "$image"
+}
+
 check=no
+program=
 if [[ ${1:-} == --check ]]; then check=yes; shift; fi
-[[ $# == 1 && $1 != -* ]] || { sed -n '2,5s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
+if [[ ${1:-} == --program && $# -gt 1 ]]; then program=$2; shift 2; fi
+[[ $# == 1 && $1 != -* ]] || { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
 version=$1
 kernel=$cache/kernels/$version
 userland=$cache/userland
 guest=$cache/guest/$version
 
-if is_current; then exit 0; fi
-[[ $check == no ]] || exit 1
-build
+if ! is_current; then
+  [[ $check == no ]] || exit 1
+  build
+fi
+if [[ -n $program ]]; then build_with_program "$program"; fi

@@ -31,7 +31,7 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 KERNELS = ("6.1", "6.12")
-TASKS = ("pattern", "redraw", "probe", "shell")
+TASKS = ("pattern", "redraw", "probe", "shell", "program")
 PREFIX = "MVGPU-GUEST: "
 TAIL_LINES = 40
 PR_SET_PDEATHSIG = 1
@@ -111,12 +111,15 @@ class Guest:
     memory   QEMU size; always a shared memfd
     device   vfio-user (needs socket=), virtio-gpu (QEMU's own), or none
     task     pattern, redraw, probe or shell; append= adds words to the kernel line
+    program  a file to run in the guest, with append="mvgpu.argument=WORD"; sets the task
     extra    more QEMU arguments; properties= more properties of the device
     log      file for the serial lines (default: a temporary one); QEMU's stderr goes to LOG.qemu
     """
 
     def __init__(self, kernel="6.12", memory="512M", device="vfio-user", socket=None, task="pattern",
-                 extra=(), append="", properties=None, log=None, echo=False, cpu="qemu64", smp=1):
+                 extra=(), append="", properties=None, log=None, echo=False, cpu="qemu64", smp=1, program=None):
+        if program:
+            task = "program"
         if kernel not in KERNELS:
             raise GuestError(f"kernel {kernel!r}: not one of {', '.join(KERNELS)}")
         if task not in TASKS:
@@ -125,7 +128,8 @@ class Guest:
             raise GuestError("device vfio-user: needs socket=PATH, the backend's socket")
         self.kernel, self.memory, self.device, self.task = kernel, memory, device, task
         self.socket, self.extra, self.append, self.echo = socket, list(extra), append, echo
-        self.cpu, self.smp = cpu, smp
+        self.cpu, self.smp, self.program = cpu, smp, program
+        self._image = str(cache_folder() / "guest" / kernel / "initramfs.gz")
         self.properties = dict(properties or {})
         self._temp = None
         if log is None:
@@ -303,7 +307,7 @@ class Guest:
                 "-chardev", f"socket,id=serial,fd={serial_fd}", "-serial", "chardev:serial",
                 "-chardev", f"socket,id=monitor,fd={monitor_fd}", "-qmp", "chardev:monitor",
                 "-kernel", str(cache / "kernels" / self.kernel / "vmlinuz"),
-                "-initrd", str(cache / "guest" / self.kernel / "initramfs.gz"),
+                "-initrd", self._image,
                 "-append", f"console=ttyS0 quiet panic=-1 mvgpu.task={self.task} {self.append}".strip()]
         return line + self._device_arguments() + self.extra
 
@@ -321,10 +325,14 @@ class Guest:
         return ["-device", json.dumps(device)]
 
     def _build_image(self):
-        built = subprocess.run([HERE / "build_initramfs.sh", self.kernel], capture_output=True, text=True, check=False)
+        with_program = ["--program", str(self.program)] if self.program else []
+        built = subprocess.run([HERE / "build_initramfs.sh", *with_program, self.kernel],
+                               capture_output=True, text=True, check=False)
         if built.returncode != 0 or not os.access(qemu_program(), os.X_OK):
             raise GuestError(f"guest {self.kernel}: {built.stderr.strip() or qemu_program() + ' is missing'}; "
                              "run tests/vm/fetch.sh")
+        if self.program:
+            self._image = built.stdout.strip()
 
     def error(self, text):
         """A GuestError with the ends of both logs."""

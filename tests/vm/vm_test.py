@@ -106,6 +106,11 @@ class GuestTest(unittest.TestCase):
         self.assertIn("memory-backend-memfd,id=m,size=256M,share=on", line)
         self.assertEqual(line[-1], "-S")
 
+    def test_a_program_is_a_task_of_its_own(self):
+        line = guest.Guest(device="none", program="/x/prove", append="mvgpu.argument=all").command_line(3, 4)
+        self.assertIn("mvgpu.task=program mvgpu.argument=all", line[line.index("-append") + 1])
+        self.assertNotIn("vfio-user-pci", " ".join(line))
+
     def test_wrong_arguments_are_named(self):
         for arguments in ({"kernel": "5.10", "socket": "s"}, {"device": "vfio-user"}, {"task": "dance", "socket": "s"}):
             with self.assertRaises(guest.GuestError):

@@ -1,0 +1,188 @@
+// dma_proof iommu | physical: a device follows the addresses that the cache returns. Runs in the
+// test guest, see tests/vm/dma_test.py.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <array>
+#include <chrono>
+#include <string>
+#include <thread>
+
+#include "apionly-domain/assigned/assigned_domain.h"
+#include "apionly-domain/assigned/assigned_space.h"
+#include "apionly-domain/assigned/type1_container.h"
+#include "dma-cache/iommu_mapper.h"
+#include "dma-cache/physical_mapper.h"
+#include "tests/fakes/kernel_counters.h"
+#include "tests/vm/dma/dma_proof.h"
+
+namespace mvgpu::testing {
+namespace {
+
+// The IOMMU's faults, as the kernel logs them.
+class FaultLog {
+ public:
+  FaultLog() : fd_(open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC)) { Read(); }
+  // Whether a fault at this address is logged, or comes soon.
+  bool has_fault_at(DmaAddr address) {
+    const std::string wanted = fmt::format("fault addr {:#x} ", address.value() & ~kPageMask);
+    for (int tries = 0; tries < 200; ++tries) {
+      Read();
+      if (log_.find(wanted) != std::string::npos) return true;
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    return false;
+  }
+  std::string first_line() const {
+    const size_t at = log_.find("DMAR: [DMA");
+    return at == std::string::npos ? "none" : log_.substr(at, log_.find('\n', at) - at);
+  }
+
+ private:
+  void Read() {
+    std::array<char, 8192> record;
+    while (true) {
+      const ssize_t size = read(fd_.get(), record.data(), record.size());
+      if (size <= 0) return;
+      const std::string_view text(record.data(), static_cast<size_t>(size));
+      if (text.find("DMAR: [DMA") != std::string_view::npos) log_ += text;
+    }
+  }
+  UniqueFd fd_;
+  std::string log_;
+};
+
+// The device is told to read and to write where it may not any more.
+void CheckOutOfReach(Facts& facts, DmaProof& proof, EduDevice& edu, FaultLog& faults,
+                     DmaAddr address, uint64_t iova, std::string_view what) {
+  const DeviceUse shelf = proof.use(DmaProof::kHigh, 2 * kPageSize);
+  const uint64_t known = DmaProof::kHigh;
+  const uint64_t seen = DmaProof::kHigh + kPageSize;
+  proof.fill(known, kPageSize, 200);
+  proof.fill(iova, kPageSize, 100);
+  const auto secret = proof.bytes_at(iova, kPageSize);
+  facts.must("load", edu.load(shelf.at(known), kPageSize));
+  facts.must("store", edu.store(address, kPageSize));
+  facts.check(fmt::format("{}: a write at device {:#x} changes nothing", what, address.value()),
+              proof.bytes_at(iova, kPageSize) == secret);
+  facts.must("load", edu.load(address, kPageSize));
+  facts.must("store", edu.store(shelf.at(seen), kPageSize));
+  facts.check(fmt::format("{}: a read at device {:#x} brings nothing", what, address.value()),
+              proof.bytes_at(seen, kPageSize) != proof.bytes_at(iova, kPageSize));
+  facts.check(fmt::format("{}: the kernel logged the fault at {:#x}", what, address.value()),
+              faults.has_fault_at(address));
+}
+
+void CheckRevocation(Facts& facts, DmaProof& proof, EduDevice& edu, FaultLog& faults) {
+  const DeviceUse low = proof.use(DmaProof::kLow, 2 * DmaProof::kLowHalf);
+  const uint64_t gone = DmaProof::kLow + 5 * kPageSize;
+  const uint64_t stays = DmaProof::kLow + DmaProof::kLowHalf + 5 * kPageSize;
+  const DmaAddr old_address = low.at(gone);
+  facts.must("unmap", proof.container().unmap(Iova(DmaProof::kLow), DmaProof::kLowHalf));
+  CheckOutOfReach(facts, proof, edu, faults, old_address, gone, "revoked");
+  // The other half of the same mapping of the IOMMU is where it was.
+  proof.fill(stays, kPageSize, 50);
+  const auto sent = proof.bytes_at(stays, kPageSize);
+  const DeviceUse shelf = proof.use(DmaProof::kHigh, kPageSize);
+  facts.must("load", edu.load(low.at(stays), kPageSize));
+  facts.must("store", edu.store(shelf.at(DmaProof::kHigh), kPageSize));
+  facts.check("what was not revoked is still reached",
+              proof.bytes_at(DmaProof::kHigh, kPageSize) == sent);
+  // The VMM brings the memory back: a new use works, the old address stays dead.
+  proof.map_low_half(0);
+  const DeviceUse again = proof.use(gone, kPageSize);
+  facts.check("memory that came back has another address", again.at(gone) != old_address);
+  facts.must("store", edu.store(again.at(gone), kPageSize));
+  facts.check("memory that came back is reached", proof.bytes_at(gone, kPageSize) == sent);
+}
+
+void CheckReadOnly(Facts& facts, DmaProof& proof, EduDevice& edu, domain::AssignedSpace& space) {
+  const domain::AssignedSpace::HostRun page{proof.byte_at(DmaProof::kLow), kPageSize};
+  const IovaRange range = facts.must("read-only", space.map({&page, 1}, domain::Access::kRead));
+  const auto before = proof.bytes_at(DmaProof::kLow, kPageSize);
+  const DeviceUse shelf = proof.use(DmaProof::kHigh, kPageSize);
+  proof.fill(DmaProof::kHigh, kPageSize, 9);
+  facts.must("load", edu.load(shelf.at(DmaProof::kHigh), kPageSize));
+  facts.must("store", edu.store(DmaAddr(range.start().value()), kPageSize));
+  facts.check("a write where only reads are allowed changes nothing",
+              proof.bytes_at(DmaProof::kLow, kPageSize) == before);
+  space.unmap(range);
+  space.flush();
+}
+
+// An assigned device sees guest memory where the VMM put it, and the mapper uses these addresses.
+void CheckAssignedDomain(Facts& facts, domain::AssignedSpace& space, EduDevice& edu) {
+  domain::AssignedDomain assigned("edu", &space);
+  dma::IommuMapper mapper(&space, &assigned);
+  {
+    DmaProof proof(&facts, domain::MakeMlockPinBackend(), &mapper, &edu);
+    facts.must("attach", proof.container().attach(&assigned));
+    {
+      const DeviceUse low = proof.use(DmaProof::kLow, DmaProof::kLowHalf);
+      facts.check("an assigned device's address is the guest's",
+                  low.at(DmaProof::kLow) == DmaAddr(DmaProof::kLow));
+      proof.check_copies();
+    }
+    facts.must("detach", proof.container().detach(&assigned));
+  }
+  facts.check("nothing is shared any more", assigned.used_pages() == 0);
+}
+
+int ProveIommu(Facts& facts) {
+  const PciDevice pci = facts.must("edu", PciDevice::Find("0x1234", "0x11e8"));
+  const std::string group = facts.must("bind", pci.bind_to_vfio());
+  auto container = facts.must("type1", domain::Type1Container::Create(group));
+  for (const IovaRange& range : container->usable_ranges()) {
+    facts.say("usable", fmt::format("{:#x}-{:#x}", range.start().value(), range.last().value()));
+  }
+  facts.say("page-sizes", fmt::format("{:#x}", container->page_sizes()));
+  facts.say("available-mappings", facts.must("available", container->available_mappings()));
+  const auto edu = facts.must("edu", EduDevice::Open(container.get(), pci));
+  domain::AssignedSpace space(std::move(container), {});
+  FaultLog faults;
+  {
+    dma::IommuMapper mapper(&space);
+    DmaProof proof(&facts, domain::MakeMlockPinBackend(), &mapper, edu.get());
+    proof.check_copies();
+    {
+      const DeviceUse high = proof.use(DmaProof::kHigh, DmaProof::kHighPages * kPageSize);
+      facts.check("scattered pages are one run", high.mapping.runs().size() == 1);
+      facts.say("locked-pages-of-8-pinned-and-mapped", KernelLockedPages());
+      proof.check_crossing(high);
+    }
+    CheckReadOnly(facts, proof, *edu, space);
+    CheckRevocation(facts, proof, *edu, faults);
+  }
+  facts.say("fault", faults.first_line());
+  CheckAssignedDomain(facts, space, *edu);
+  facts.check("the iommu has no mappings left", space.counters().mappings == 0);
+  facts.check("nothing is locked any more", KernelLockedPages() == 0);
+  return facts.exit_code();
+}
+
+int ProvePhysical(Facts& facts) {
+  const PciDevice pci = facts.must("edu", PciDevice::Find("0x1234", "0x11e8"));
+  const auto edu = facts.must("edu", EduDevice::OpenUnbound(pci));
+  const auto mapper = facts.must("mapper", dma::PhysicalMapper::Create());
+  {
+    auto pins = facts.must("pins", domain::MakeIoUringPinBackend());
+    DmaProof proof(&facts, std::move(pins), mapper.get(), edu.get());
+    const DeviceUse low = proof.use(DmaProof::kLow, 2 * DmaProof::kLowHalf);
+    facts.say("runs-of-32-pages", low.mapping.runs().size());
+    facts.say("first-address", fmt::format("{:#x}", low.at(DmaProof::kLow).value()));
+    proof.check_copies();
+  }
+  return facts.exit_code();
+}
+
+}  // namespace
+}  // namespace mvgpu::testing
+
+int main(int argc, char** argv) {
+  mvgpu::testing::Facts facts;
+  const std::string_view mode = argc == 2 ? argv[1] : "";
+  if (mode == "iommu") return mvgpu::testing::ProveIommu(facts);
+  if (mode == "physical") return mvgpu::testing::ProvePhysical(facts);
+  fmt::print(stderr, "usage: dma_proof iommu | physical\n");
+  return 2;
+}
