@@ -1,6 +1,9 @@
 #pragma once
 
 #include "tests/bench/harness.h"
+#ifdef MVGPU_HAS_VULKAN
+#include "tests/bench/vulkan_rows.h"
+#endif
 
 namespace mvgpu::bench {
 
@@ -12,6 +15,9 @@ void MeasureCacheMisses(Table* table);  // cache_miss_rows.cc
 inline void MeasureCache(Table* table) {
   MeasureCacheHits(table);
   MeasureCacheMisses(table);
+#ifdef MVGPU_HAS_VULKAN
+  MeasureVulkan(table);
+#endif
 }
 
 }  // namespace mvgpu::bench

@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -11,6 +10,7 @@
 
 #include "dma-cache/dma_cache.h"
 #include "tests/fakes/counting_mapper.h"
+#include "tests/fakes/dma_party.h"
 #include "tests/fakes/fake_pin_backend.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/fakes/result_matchers.h"
@@ -18,28 +18,12 @@
 namespace mvgpu::dma::testing {
 
 using mvgpu::testing::CountingMapper;
+using Party = mvgpu::testing::DmaParty;
 using mvgpu::testing::FailsWith;
 using mvgpu::testing::FakePinBackend;
 using mvgpu::testing::GuestRam;
 using mvgpu::testing::IsOk;
 using mvgpu::testing::MakeRange;
-
-// Somebody with a user of a cache, who remembers what it was told and may act on it.
-class Party final : public DmaUser::Owner {
- public:
-  explicit Party(DmaCache* cache) : user_(cache->open_user(this)) {}
-  DmaUser* operator->() { return user_.get(); }
-  void on_revoke(IovaRange range) override {
-    told.push_back(range);
-    if (when_told) when_told(range);
-  }
-
-  std::vector<IovaRange> told;
-  std::function<void(IovaRange)> when_told;
-
- private:
-  std::unique_ptr<DmaUser> user_;
-};
 
 // 128 pages of RAM at IOVA 0, of 1024; a cache with one user.
 class DmaCacheFixture : public ::testing::Test {

@@ -20,6 +20,7 @@
 #include "dma-cache/dma_cache.h"
 #include "dma-cache/iommu_mapper.h"
 #include "dma-cache/physical_mapper.h"
+#include "tests/fakes/dma_party.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/fakes/result_matchers.h"
 
@@ -93,6 +94,7 @@ class MappersTest : public ::testing::TestWithParam<Kind> {
     domain_ = std::move(*domain);
     ASSERT_THAT(container_.attach(domain_.get()), IsOk());
     cache_.emplace(domain_.get(), device_->mapper.get());
+    user_.emplace(&*cache_);
     // 16 pages at 1 MiB; and pages at 16 MiB that lie backwards in RAM.
     ASSERT_THAT(container_.map(ram_.map_request(0x100000, 0, 16 * kPageSize)), IsOk());
     for (uint64_t i = 0; i < 8; ++i) {
@@ -102,6 +104,7 @@ class MappersTest : public ::testing::TestWithParam<Kind> {
     }
   }
   void TearDown() override {
+    user_.reset();
     cache_.reset();
     if (domain_ == nullptr) return;
     EXPECT_THAT(container_.unmap_all(), IsOk());
@@ -109,7 +112,7 @@ class MappersTest : public ::testing::TestWithParam<Kind> {
   }
 
   Result<DmaMapping> Use(uint64_t iova, uint64_t size) {
-    return cache_->map(MakeRange(iova, size), Direction::kToDevice);
+    return (*user_)->map(MakeRange(iova, size), Direction::kToDevice);
   }
   static std::optional<DmaAddr> AddressIn(const DmaMapping& use, Iova iova) {
     for (const auto& run : use.runs()) {
@@ -135,6 +138,7 @@ class MappersTest : public ::testing::TestWithParam<Kind> {
   domain::Container container_;
   std::unique_ptr<domain::ApiOnlyDomain> domain_;
   std::optional<DmaCache> cache_;
+  std::optional<testing::DmaParty> user_;
 };
 
 TEST_P(MappersTest, TheDeviceSeesTheGuestsBytes) {
@@ -163,12 +167,12 @@ TEST_P(MappersTest, AddressesStayTrueAsLongAsTheyAreUsed) {
 TEST_P(MappersTest, WhatTheVmmTookAwayIsOutOfReach) {
   const auto use = Use(0x1000000, 8 * kPageSize);
   ASSERT_THAT(use, IsOk());
-  const std::vector<DmaRun> runs(use->runs().begin(), use->runs().end());
+  const std::vector<MappedRun> runs(use->runs().begin(), use->runs().end());
   ExpectDeviceSeesTheGuest(*use);  // so that an IOMMU would remember
   ASSERT_THAT(container_.unmap(Iova(0x1003000), kPageSize), IsOk());
   EXPECT_FALSE(use->is_valid());
   if (!device_->can_revoke) return;
-  for (const DmaRun& run : runs) {
+  for (const MappedRun& run : runs) {
     for (uint64_t at = 0; at < run.iova.size(); at += kPageSize) {
       const bool gone = run.iova.start() + at == Iova(0x1003000);
       EXPECT_EQ(device_->follow(run.address + at) == nullptr, gone) << at;
@@ -203,7 +207,8 @@ TEST(IommuRowTest, ScatteredGuestPagesAreOneRunForTheDevice) {
   }
   {
     DmaCache cache(domain->get(), device->mapper.get());
-    const auto use = cache.map(MakeRange(0, 8 * kPageSize), Direction::kBidirectional);
+    testing::DmaParty user(&cache);
+    const auto use = user->map(MakeRange(0, 8 * kPageSize), Direction::kBidirectional);
     ASSERT_THAT(use, IsOk());
     EXPECT_EQ(use->runs().size(), 1u);
   }

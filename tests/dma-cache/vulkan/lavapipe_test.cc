@@ -15,6 +15,7 @@
 #include "dma-cache/vulkan/vulkan_mapper.h"
 #include "tests/dma-cache/vulkan/validation_log.h"
 #include "tests/dma-cache/vulkan/word_copier.h"
+#include "tests/fakes/dma_party.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/fakes/result_matchers.h"
 
@@ -60,8 +61,10 @@ class LavapipeTest : public ::testing::Test {
     options.mapping_at = [this](Iova at) { return container_.mapping_at(at); };
     mapper_.emplace(device_->target(), options);
     cache_.emplace(domain_.get(), &*mapper_);
+    user_.emplace(&*cache_);
   }
   void TearDown() override {
+    user_.reset();
     cache_.reset();
     EXPECT_EQ(mapper_.has_value() ? Figure("import_bytes") : 0, 0u);
     mapper_.reset();
@@ -73,7 +76,7 @@ class LavapipeTest : public ::testing::Test {
   }
 
   Result<DmaMapping> Use(uint64_t page, uint64_t count, Direction direction) {
-    return cache_->map(MakeRange(BytesIn(page), BytesIn(count)), direction);
+    return (*user_)->map(MakeRange(BytesIn(page), BytesIn(count)), direction);
   }
   uint64_t Figure(std::string_view name) const {
     for (const auto& [figure, value] : mapper_->figures())
@@ -92,7 +95,7 @@ class LavapipeTest : public ::testing::Test {
   }
   static std::vector<DmaAddr> PagesOfUse(const DmaMapping& use) {
     std::vector<DmaAddr> pages;
-    for (const DmaRun& run : use.runs()) {
+    for (const MappedRun& run : use.runs()) {
       for (uint64_t at = 0; at < run.iova.size(); at += kPageSize)
         pages.push_back(run.address + at);
     }
@@ -116,6 +119,7 @@ class LavapipeTest : public ::testing::Test {
   std::optional<WordCopier> copier_;
   std::optional<VulkanMapper> mapper_;
   std::optional<DmaCache> cache_;
+  std::optional<testing::DmaParty> user_;
 };
 
 TEST_F(LavapipeTest, AShaderReadsAndWritesGuestPagesAtTheAddressesOfTheCache) {
@@ -159,7 +163,7 @@ TEST_F(LavapipeTest, ScatteredBackingArrivesInTheOrderOfItsIovas) {
                 IsOk());
     for (const uint32_t word : Keyed(WordsAt(BytesIn(backing[i]), 1))) expected.push_back(word);
   }
-  auto from = cache_->map(MakeRange(base, BytesIn(std::size(backing))), Direction::kToDevice);
+  auto from = (*user_)->map(MakeRange(base, BytesIn(std::size(backing))), Direction::kToDevice);
   auto to = Use(500, std::size(backing), Direction::kFromDevice);
   ASSERT_THAT(from, IsOk());
   ASSERT_THAT(to, IsOk());
@@ -171,7 +175,7 @@ TEST_F(LavapipeTest, NothingIsImportedOfMemoryThatTheVmmTookAway) {
   const uint64_t base = uint64_t{1} << 32;
   GuestRam other(4u << 20);
   ASSERT_THAT(container_.map(other.map_request(base, 0, other.size())), IsOk());
-  auto revoked = cache_->map(MakeRange(base, other.size()), Direction::kBidirectional);
+  auto revoked = (*user_)->map(MakeRange(base, other.size()), Direction::kBidirectional);
   auto kept = Use(3, 1, Direction::kToDevice);
   ASSERT_THAT(revoked, IsOk());
   ASSERT_THAT(kept, IsOk());
@@ -181,7 +185,7 @@ TEST_F(LavapipeTest, NothingIsImportedOfMemoryThatTheVmmTookAway) {
   EXPECT_EQ(Figure("mapped_pages"), 1u);
   // The same IOVA with other memory behind it: the device sees that.
   ASSERT_THAT(container_.map(ram_.map_request(base, BytesIn(40), kPageSize)), IsOk());
-  auto anew = cache_->map(MakeRange(base, kPageSize), Direction::kFromDevice);
+  auto anew = (*user_)->map(MakeRange(base, kPageSize), Direction::kFromDevice);
   ASSERT_THAT(anew, IsOk());
   DeviceCopies(*kept, *anew);
   EXPECT_EQ(WordsAt(BytesIn(40), 1), Keyed(WordsAt(BytesIn(3), 1)));

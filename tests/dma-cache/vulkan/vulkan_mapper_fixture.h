@@ -9,6 +9,7 @@
 
 #include "dma-cache/dma_cache.h"
 #include "dma-cache/vulkan/vulkan_mapper.h"
+#include "tests/fakes/dma_party.h"
 #include "tests/fakes/fake_vulkan_device.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/fakes/result_matchers.h"
@@ -35,6 +36,7 @@ class VulkanMapperTest : public ::testing::Test {
     Open({});
   }
   void TearDown() override {
+    user_.reset();
     cache_.reset();
     mapper_.reset();
     EXPECT_TRUE(device_.is_empty());
@@ -42,12 +44,14 @@ class VulkanMapperTest : public ::testing::Test {
   }
 
   void Open(ImportLimits limits, bool knows_mappings = true) {
+    user_.reset();
     cache_.reset();
     VulkanMapper::Options options;
     options.piece_bytes = BytesIn(kPiecePages);
     if (knows_mappings) options.mapping_at = [this](Iova at) { return container_.mapping_at(at); };
     mapper_.emplace(device_.target(limits), options);
     cache_.emplace(domain_.get(), &*mapper_);
+    user_.emplace(&*cache_);
   }
 
   // The n-th page of a piece, as the number of its IOVA page.
@@ -55,7 +59,7 @@ class VulkanMapperTest : public ::testing::Test {
     return first_ + piece * kPiecePages + page;
   }
   Result<DmaMapping> Use(uint64_t first, uint64_t count) {
-    return cache_->map(testing::MakeRange(BytesIn(first), BytesIn(count)), Direction::kToDevice);
+    return (*user_)->map(testing::MakeRange(BytesIn(first), BytesIn(count)), Direction::kToDevice);
   }
   domain::PinnedRun RunOf(uint64_t first, uint64_t count) const {
     return {testing::MakeRange(BytesIn(first), BytesIn(count)),
@@ -75,7 +79,7 @@ class VulkanMapperTest : public ::testing::Test {
     return false;
   }
   void ExpectMapped(const DmaMapping& use) {
-    for (const DmaRun& run : use.runs()) {
+    for (const MappedRun& run : use.runs()) {
       for (uint64_t at = 0; at < run.iova.size(); at += kPageSize) {
         EXPECT_EQ(device_.at(run.address + at),
                   reinterpret_cast<std::byte*>(host_ + (run.iova.start().value() + at)));
@@ -91,6 +95,7 @@ class VulkanMapperTest : public ::testing::Test {
   testing::FakeVulkanDevice device_;
   std::optional<VulkanMapper> mapper_;
   std::optional<DmaCache> cache_;
+  std::optional<testing::DmaParty> user_;
 };
 
 }  // namespace mvgpu::dma

@@ -20,9 +20,11 @@ DmaProof::DmaProof(Facts* facts, std::unique_ptr<domain::PinBackend> pins, dma::
     facts_.must("map high", container_.map(ram_.map_request(iova, OffsetOf(iova), kPageSize)));
   }
   cache_.emplace(domain_.get(), mapper);
+  user_.emplace(&*cache_);
 }
 
 DmaProof::~DmaProof() {
+  user_.reset();
   cache_.reset();
   facts_.must("unmap all", container_.unmap_all());
   facts_.check("nothing stays pinned",
@@ -53,7 +55,8 @@ void DmaProof::fill(uint64_t iova, uint64_t size, unsigned seed) {
 
 // The only place that asks the cache.
 DeviceUse DmaProof::use(uint64_t iova, uint64_t size) {
-  return {facts_.must("cache", cache_->map(MakeRange(iova, size), dma::Direction::kBidirectional))};
+  return {
+      facts_.must("cache", (*user_)->map(MakeRange(iova, size), dma::Direction::kBidirectional))};
 }
 
 void DmaProof::check_copies() {

@@ -13,6 +13,7 @@
 #include "apionly-domain/container.h"
 #include "dma-cache/dma_cache.h"
 #include "dma-cache/mapper.h"
+#include "tests/fakes/dma_party.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/vm/dma/edu_device.h"
 
@@ -104,6 +105,7 @@ class DmaProof {
   domain::Container container_;
   std::unique_ptr<domain::ApiOnlyDomain> domain_;
   std::optional<dma::DmaCache> cache_;
+  std::optional<DmaParty> user_;
 };
 
 }  // namespace mvgpu::testing
