@@ -59,11 +59,13 @@ class AccessObserver {
 };
 
 // Reaches guest memory that has no file, by asking the VMM for it (vfio-user's DMA_READ and
-// DMA_WRITE). Slow: a round trip for each call. Thread-safe.
+// DMA_WRITE). Slow: a round trip for each call, unless an implementation answers kPending instead
+// of waiting and has the bytes when it is asked again.
 class RemoteMemory {
  public:
   virtual ~RemoteMemory() = default;
-  // Errors: kNotReachable, kSystem; something undefined was copied then.
+  // Errors: kNotReachable (the VMM refuses), kPending, kLimit, kProtocol (the VMM cannot be asked
+  // any more); something undefined was copied then.
   virtual Result<void> read(Iova iova, std::span<std::byte> destination) = 0;
   virtual Result<void> write(Iova iova, std::span<const std::byte> source) = 0;
 };
@@ -77,7 +79,9 @@ class ApiOnlyDomain final : public Domain {
     uint64_t pin_limit_pages = UINT64_MAX;  // unique pages that may be pinned at a time
     // How long holders have to let go of memory that the VMM unmaps. The VMM stands still so long.
     std::chrono::milliseconds unmap_deadline{50};
-    RemoteMemory* remote = nullptr;  // null: memory without a file cannot be reached
+    // Outlives the domain; called from whatever thread copies. Null: memory without a file cannot
+    // be reached.
+    RemoteMemory* remote = nullptr;
   };
   struct Counters {
     uint64_t mapped_pages = 0;        // with a file behind
@@ -106,6 +110,9 @@ class ApiOnlyDomain final : public Domain {
   // Whether a pin would find every page of the range mapped, reachable and allowed. Errors as
   // PinContext::pin().
   Result<void> check(IovaRange range, Access access) const;
+  // The same for a copy, which also reaches memory without a file if Options::remote does. Errors
+  // as read().
+  Result<void> check_copy(IovaRange range, Access access) const;
 
   // A section in which translations are looked up. What it finds stays true until its end: unmaps
   // wait for that, so it is for a batch of lookups, not for keeping.
@@ -142,8 +149,8 @@ class ApiOnlyDomain final : public Domain {
   };
 
   // CPU copies without a pin. Errors: kNotMapped, kPermission, kNotReachable, kBusy (about to be
-  // unmapped), kTruncated, kInvalid (wraps). Nothing is copied unless the whole range is mapped and
-  // allows it; on a later error something undefined was copied.
+  // unmapped), kTruncated, kInvalid (wraps), those of RemoteMemory. Nothing is copied unless the
+  // whole range is mapped and allows it; on a later error something undefined was copied.
   Result<void> read(Iova iova, std::span<std::byte> destination) const;
   Result<void> write(Iova iova, std::span<const std::byte> source);
   // From guest memory to guest memory. Also kInvalid: the ranges of IOVAs overlap.

@@ -28,6 +28,12 @@ Result<void> ApiOnlyDomain::check(IovaRange range, Access access) const {
   return {};
 }
 
+Result<void> ApiOnlyDomain::check_copy(IovaRange range, Access access) const {
+  AccessSlots::Section section(slots_);
+  MVGPU_RETURN_IF_ERROR(PiecesOf(range, access));
+  return {};
+}
+
 Result<ApiOnlyDomain::Pieces> ApiOnlyDomain::PiecesOf(IovaRange range, Access access) const {
   Pieces pieces;
   for (IovaRange rest = range;;) {

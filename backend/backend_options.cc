@@ -18,7 +18,7 @@ namespace mvgpu::backend {
 namespace {
 
 constexpr std::string_view kFooter = R"(
-Attach it to QEMU >= 10.1 (guest memory must be shared):
+Attach it to QEMU >= 10.1 (give the guest shared memory):
   qemu-system-x86_64 -machine q35,memory-backend=m -object memory-backend-memfd,id=m,size=2G,share=on \
     -device '{"driver":"vfio-user-pci","socket":{"type":"unix","path":"PATH"}}'
 or to Cloud Hypervisor:

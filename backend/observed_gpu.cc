@@ -21,11 +21,11 @@ class ObservedGpu final : public gpu::GpuDevice {
   void write_config(uint32_t offset, std::span<const std::byte> data) override {
     inner_->write_config(offset, data);
   }
-  uint32_t execute_control(std::span<const std::byte> request,
-                           std::span<std::byte> response) override {
+  Result<uint32_t> execute_control(std::span<const std::byte> request,
+                                   std::span<std::byte> response) override {
     observer_->on_request(glue::VirtioGpu::kControlQueue, request);
-    const uint32_t written = inner_->execute_control(request, response);
-    observer_->on_response(glue::VirtioGpu::kControlQueue, response.first(written));
+    const auto written = inner_->execute_control(request, response);
+    if (written) observer_->on_response(glue::VirtioGpu::kControlQueue, response.first(*written));
     return written;
   }
   void execute_cursor(std::span<const std::byte> request) override {

@@ -19,18 +19,21 @@ Result<void> Session::Start(UniqueFd socket) {
     recorder_->session(options_.vgpu.to_json());
   }
   MVGPU_ASSIGN_OR_RETURN(Vgpu::Parts parts, Vgpu::MakeParts(options_.vgpu));
+  parts.remote = &dma_requests_;
   MVGPU_ASSIGN_OR_RETURN(vgpu_,
                          Vgpu::Create(options_.vgpu, std::move(parts), recorder_.get(), this));
   device_thread_ =
       std::make_unique<DeviceThread>([this](uint16_t queue) { return vgpu_->step(queue); });
   MVGPU_ASSIGN_OR_RETURN(server_,
-                         glue::vfio_user::Server::Create(std::move(socket), vgpu_.get(), this));
+                         glue::vfio_user::Server::Create(std::move(socket), vgpu_.get(), this,
+                                                         {.dma_requests = &dma_requests_}));
   return {};
 }
 
 // Where Create() failed half-way there may be no server yet; everything else stands as finish()
 // left it.
 Session::~Session() {
+  dma_requests_.close();  // the device thread may be waiting for an answer
   if (device_thread_ != nullptr) device_thread_->stop();
   server_.reset();
 }
@@ -58,6 +61,7 @@ void Session::SaveScreenshot() {
 }
 
 bool Session::finish() {
+  dma_requests_.close();  // the device thread may be waiting for an answer
   device_thread_->stop();
   if (!options_.screenshot_path.empty()) SaveScreenshot();
   server_.reset();  // unbinds the interrupts, resets the device, unmaps everything
@@ -102,11 +106,18 @@ void Session::on_queue_waiting(uint16_t queue, const Error& error) {
 }
 
 void Session::on_unsealed_memory(IovaRange range) {
-  log_.info(
-      fmt::format("{}: the memory at iova {:#x}-{:#x} is not sealed: if the vmm shrinks its file, "
-                  "requests that "
-                  "touch it fail; seal it (qemu: memory-backend-memfd,seal=on) to rule that out",
-                  options_.vgpu.name, range.start().value(), range.last().value()));
+  log_.info(fmt::format(
+      "{}: the memory at iova {:#x}-{:#x} is not sealed: if the vmm shrinks its file, "
+      "requests that touch it fail; seal it (qemu: memory-backend-memfd,seal=on) to rule that out",
+      options_.vgpu.name, range.start().value(), range.last().value()));
+}
+
+void Session::on_remote_memory(Iova first) {
+  log_.info(fmt::format(
+      "{}: the vm's memory at iova {:#x} has no file: the vmm is asked for every access, which is "
+      "slow, and nothing there can be pinned; give the vm shared memory (qemu: "
+      "memory-backend-memfd,share=on)",
+      options_.vgpu.name, first.value()));
 }
 
 void Session::on_refused(const Error& error) {

@@ -11,6 +11,7 @@
 #include "backend/trace/trace_writer.h"
 #include "backend/vgpu.h"
 #include "backend/vgpu_config.h"
+#include "vmm-glue/vfio_user/dma_requests.h"
 #include "vmm-glue/vfio_user/server.h"
 
 namespace mvgpu::backend {
@@ -50,6 +51,7 @@ class Session final : private Vgpu::Owner, private glue::vfio_user::Server::Log 
   void on_queue_waiting(uint16_t queue, const Error& error) override;
   void on_refused(const Error& error) override;
   void on_unsealed_memory(IovaRange range) override;
+  void on_remote_memory(Iova first) override;
   void warn(std::string_view line) override { log_.warn(line); }
 
   const Options options_;
@@ -57,6 +59,7 @@ class Session final : private Vgpu::Owner, private glue::vfio_user::Server::Log 
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   // In the order of their making: each uses those above it.
   std::unique_ptr<TraceWriter> recorder_;
+  glue::vfio_user::DmaRequests dma_requests_;
   std::unique_ptr<Vgpu> vgpu_;
   std::unique_ptr<DeviceThread> device_thread_;
   std::unique_ptr<glue::vfio_user::Server> server_;

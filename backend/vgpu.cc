@@ -110,24 +110,27 @@ Result<std::unique_ptr<Vgpu>> Vgpu::Create(VgpuConfig config, Parts parts,
 
 Vgpu::Vgpu(VgpuConfig config, Parts parts, SessionObserver* observer, Owner* owner)
     : config_(std::move(config)),
-      observer_(observer),
       owner_(owner),
       container_(std::move(parts.container)),
+      remote_(parts.remote),
+      observer_(observer == nullptr ? nullptr : std::make_unique<StepObserver>(observer)),
       pin_backend_(std::move(parts.pin_backend)),
       mapper_(std::move(parts.mapper)),
-      frame_reporter_(observer),
+      frame_reporter_(observer_.get()),
       displays_(DisplaysFor(&screenshot_, &frame_reporter_, observer)) {}
 
 Result<void> Vgpu::Assemble() {
   if (!config_.vm_uuid.empty()) {
     MVGPU_ASSIGN_OR_RETURN(ledger_, domain::Ledger::Open({config_.runtime_dir, config_.vm_uuid}));
   }
-  MVGPU_ASSIGN_OR_RETURN(
-      domain_, domain::ApiOnlyDomain::Create({config_.name, PagesIn(config_.pin_limit_bytes)},
-                                             std::move(pin_backend_), ledger_.get(), observer_));
+  MutexLock lock(mutex_);
+  domain::ApiOnlyDomain::Options options{config_.name, PagesIn(config_.pin_limit_bytes)};
+  if (remote_ != nullptr) options.remote = &step_memory_;
+  MVGPU_ASSIGN_OR_RETURN(domain_,
+                         domain::ApiOnlyDomain::Create(std::move(options), std::move(pin_backend_),
+                                                       ledger_.get(), observer_.get()));
   MVGPU_RETURN_IF_ERROR(container_->attach(domain_.get()));
   cache_ = std::make_unique<dma::DmaCache>(domain_.get(), mapper_.get());
-  MutexLock lock(mutex_);
   auto device = glue::VirtioGpuPci::Create(
       [this](gpu::GpuDevice::Owner* gpu_owner) { return MakeGpu(gpu_owner); }, domain_.get(),
       container_.get(), this);
@@ -138,9 +141,9 @@ Result<void> Vgpu::Assemble() {
 
 Result<std::unique_ptr<gpu::GpuDevice>> Vgpu::MakeGpu(gpu::GpuDevice::Owner* gpu_owner) {
   gpu_owner_ = std::make_unique<GpuOwner>(gpu_owner, owner_);
-  MVGPU_ASSIGN_OR_RETURN(
-      auto gpu, gpu::GpuDevice::Create(config_.gpu, cache_.get(), &displays_, gpu_owner_.get()));
-  return observer_ == nullptr ? std::move(gpu) : ObserveGpu(std::move(gpu), observer_);
+  MVGPU_ASSIGN_OR_RETURN(auto gpu, gpu::GpuDevice::Create(config_.gpu, cache_.get(), domain_.get(),
+                                                          &displays_, gpu_owner_.get()));
+  return observer_ == nullptr ? std::move(gpu) : ObserveGpu(std::move(gpu), observer_.get());
 }
 
 Vgpu::~Vgpu() {
@@ -149,10 +152,70 @@ Vgpu::~Vgpu() {
 }
 
 bool Vgpu::step(uint16_t queue) {
+  Step step{queue};
+  while (!Advance(step)) step.exchange.run(*remote_);
+  return step.did;
+}
+
+bool Vgpu::Advance(Step& step) {
   MutexLock lock(mutex_);
-  const bool did = device_->process_one(queue);
-  if (observer_ != nullptr) observer_->on_step(queue);
-  return did;
+  if (auto put = step_memory_.put(std::exchange(step.exchange, {})); !put) {
+    step.did = false;
+    step_memory_.forget_everything();
+    if (put.error().code() == ErrorCode::kProtocol) return true;
+    device_->stop_queue(tried_queue_, put.error());
+  }
+  // What an earlier step has left to write comes first; so do a step's writes, before its reads.
+  const bool is_pending = !step.is_done && !step_memory_.next_write() && !Try(step);
+  if (step_memory_.next_write() && !MayWrite(step.queue)) {
+    step.did = false;
+    step_memory_.forget_reads();
+    return true;
+  }
+  if (is_pending || step_memory_.next_write()) {
+    Take(step);
+    return false;
+  }
+  device_->deliver_interrupts();
+  return true;
+}
+
+bool Vgpu::Try(Step& step) {
+  tried_queue_ = step.queue;
+  step_memory_.begin_attempt();
+  if (observer_ != nullptr) observer_->begin_attempt();
+  const auto processed = device_->process_one(step.queue);
+  if (processed == glue::VirtioPciDevice::Processed::kPending) {
+    if (observer_ != nullptr) observer_->drop();
+    return false;
+  }
+  if (observer_ != nullptr) {
+    observer_->pass_on();
+    observer_->on_step(step.queue);
+  }
+  step_memory_.forget_reads();
+  step.is_done = true;
+  step.did = processed == glue::VirtioPciDevice::Processed::kOne;
+  return true;
+}
+
+bool Vgpu::MayWrite(uint16_t queue) {
+  const auto mapped = domain_->check_copy(*step_memory_.next_write(), domain::Access::kWrite);
+  if (mapped) return true;
+  const ErrorCode code = mapped.error().code();
+  if (code == ErrorCode::kNotMapped || code == ErrorCode::kBusy) {
+    device_->wait_for_memory(tried_queue_, mapped.error());
+    device_->wait_for_memory(queue, mapped.error());
+  } else {
+    step_memory_.forget_everything();
+    device_->stop_queue(tried_queue_, mapped.error());
+  }
+  return false;
+}
+
+void Vgpu::Take(Step& step) {
+  step.exchange = step_memory_.take();
+  if (!std::exchange(has_used_remote_, true)) owner_->on_remote_memory(step.exchange.iova());
 }
 
 Vgpu::Counters Vgpu::counters() const {
@@ -252,6 +315,7 @@ Result<void> Vgpu::dma_map(domain::Container::MapRequest request) {
   const SessionObserver::Backing backing =
       observer_ != nullptr ? BackingOf(request) : SessionObserver::Backing{};
   const uint64_t unsealed = container_->unsealed_files_seen();
+  step_memory_.forget_reads();
   MVGPU_RETURN_IF_ERROR(device_->vfio_device().dma_map(std::move(request)));
   if (observer_ != nullptr) observer_->on_map(*range, access, backing);
   if (container_->unsealed_files_seen() != unsealed) owner_->on_unsealed_memory(*range);
@@ -260,6 +324,7 @@ Result<void> Vgpu::dma_map(domain::Container::MapRequest request) {
 
 Result<uint64_t> Vgpu::dma_unmap(Iova start, uint64_t size) {
   MutexLock lock(mutex_);
+  step_memory_.forget_reads();
   MVGPU_ASSIGN_OR_RETURN(const uint64_t bytes, device_->vfio_device().dma_unmap(start, size));
   if (observer_ != nullptr) observer_->on_unmap(start, size);
   return bytes;
@@ -267,6 +332,7 @@ Result<uint64_t> Vgpu::dma_unmap(Iova start, uint64_t size) {
 
 Result<uint64_t> Vgpu::dma_unmap_all() {
   MutexLock lock(mutex_);
+  step_memory_.forget_reads();
   MVGPU_ASSIGN_OR_RETURN(const uint64_t bytes, device_->vfio_device().dma_unmap_all());
   if (observer_ != nullptr) observer_->on_unmap_all();
   return bytes;

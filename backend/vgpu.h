@@ -4,12 +4,19 @@
 // the bottom.
 //
 //   registers, queues  VirtioGpuPci -> GpuDevice -> DmaCache -> ApiOnlyDomain -> PinBackend,
-//   LedgerRow DMA_MAP, UNMAP     Container ---------------------------------^
+//   DMA_MAP, UNMAP     Container ---------------------------------^    |         LedgerRow
+//                                             memory without a file    StepMemory -> RemoteMemory
 //
 // Two threads meet here: the one that serves the VMM calls the VfioDevice methods, the device
 // thread calls step(). One lock makes each call and each step whole: a DMA_UNMAP never comes in the
 // middle of a request, and an observer sees one order of events, which a replay can follow. A step
 // is one request, a few milliseconds of copying at most, so that the VMM is answered in time.
+//
+// A step that needs memory without a file would have to wait for the VMM, which may be waiting for
+// the lock. It is undone, the bytes are fetched without the lock, and it is tried again
+// (step_memory.h). What it wrote goes out, without the lock, when it is done, and then the guest is
+// interrupted. Where a driver resets its device just then, one write may still be under way: no VMM
+// serves it before it has the answer to its own message.
 
 #include <cstdint>
 #include <memory>
@@ -22,6 +29,8 @@
 #include "apionly-domain/base/mutex.h"
 #include "apionly-domain/container.h"
 #include "backend/session_observer.h"
+#include "backend/step_memory.h"
+#include "backend/step_observer.h"
 #include "backend/vgpu_config.h"
 #include "dma-cache/dma_cache.h"
 #include "gpu-model/display/display.h"
@@ -51,12 +60,17 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     virtual void on_refused(const Error& error) = 0;
     // The VMM mapped a file that it may truncate. Once for each file.
     virtual void on_unsealed_memory(IovaRange range) = 0;
+    // The device works with memory that has no file, which is slow. Once, with the first address.
+    virtual void on_remote_memory(Iova first) = 0;
   };
   // What the configuration leaves to the caller to make or to wrap.
   struct Parts {
     std::unique_ptr<domain::Container> container;  // what the mapper may ask about mappings
     std::unique_ptr<domain::PinBackend> pin_backend;
     std::unique_ptr<dma::Mapper> mapper;
+    // Asks the VMM for memory without a file, and waits for it. Outlives the vGPU. Null: such
+    // memory cannot be reached.
+    domain::RemoteMemory* remote = nullptr;
   };
   struct Counters {
     domain::Container::Totals container;
@@ -79,7 +93,9 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   // REQUIRES: reset() and dma_unmap_all() came last.
   ~Vgpu() override;
 
-  // Takes one request off the queue and answers it; false when there was none.
+  // Takes one request off the queue and answers it; false when there was none. Called by one thread
+  // at a time, and by none that Parts::remote waits for. When that says kProtocol, the step ends
+  // undone.
   bool step(uint16_t queue);
 
   Counters counters() const;
@@ -109,6 +125,25 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   Result<void> Assemble();
   Result<std::unique_ptr<gpu::GpuDevice>> MakeGpu(gpu::GpuDevice::Owner* gpu_owner);
 
+  // A step() under way.
+  struct Step {
+    uint16_t queue;
+    bool is_done = false;  // but its answer may not be in guest memory yet
+    bool did = false;      // there was a request
+    StepMemory::Exchange exchange{};
+  };
+  // Takes a step as far as it gets without the VMM. False: step.exchange is to be run.
+  bool Advance(Step& step);
+  // False: memory is missing.
+  bool Try(Step& step) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Whether the next write may go out. If not, the queue it belongs to is stopped, or it and
+  // `queue` wait.
+  bool MayWrite(uint16_t queue) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Take(Step& step) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
+  void on_driver_reset() override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    step_memory_.forget_everything();
+  }
   void on_notify(uint16_t queue) override { owner_->on_doorbell(queue); }
   void on_queue_error(uint16_t queue, const Error& error) override {
     owner_->on_queue_error(queue, error);
@@ -142,10 +177,14 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   };
 
   const VgpuConfig config_;
-  SessionObserver* const observer_;  // these two outlive this, see Create()
-  Owner* const owner_;
+  Owner* const owner_;                      // outlives this, see Create()
+  domain::RemoteMemory* const remote_;      // likewise; may be null
+  std::unique_ptr<StepObserver> observer_;  // null when nobody observes
 
   mutable Mutex mutex_;
+  StepMemory step_memory_ ABSL_GUARDED_BY(mutex_);
+  uint16_t tried_queue_ ABSL_GUARDED_BY(mutex_) = 0;  // the last one; writes that wait are its
+  bool has_used_remote_ ABSL_GUARDED_BY(mutex_) = false;
   // In the order of their making: each uses those above it. Set once by Assemble().
   std::unique_ptr<domain::Ledger> ledger_;
   const std::unique_ptr<domain::Container> container_;

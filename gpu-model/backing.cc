@@ -8,9 +8,10 @@
 
 namespace mvgpu::gpu {
 
-Result<Backing> Backing::Create(std::span<const BackingEntry> entries, dma::DmaUser* user) {
+Result<Backing> Backing::Create(std::span<const BackingEntry> entries, dma::DmaUser* user,
+                                const domain::ApiOnlyDomain* domain) {
   if (entries.empty()) return Fail(ErrorCode::kInvalid, "a backing needs at least one entry");
-  Backing backing(user);
+  Backing backing(user, domain);
   backing.entries_ = entries.size();
   for (const BackingEntry& entry : entries) {
     const auto range = IovaRange::FromStartAndSize(entry.address, entry.length);
@@ -32,9 +33,19 @@ Result<Backing> Backing::Create(std::span<const BackingEntry> entries, dma::DmaU
     backing.extents_.push_back({offset, *range, {}});
   }
   for (Extent& extent : backing.extents_) {
-    MVGPU_ASSIGN_OR_RETURN(extent.hold, user->map(extent.iova, dma::Direction::kToDevice));
+    MVGPU_ASSIGN_OR_RETURN(extent.hold, backing.Map(extent, extent.iova));
   }
   return backing;
+}
+
+Result<dma::DmaMapping> Backing::Map(Extent& extent, IovaRange part) {
+  auto mapping = user_->map(part, dma::Direction::kToDevice);
+  if (mapping || mapping.error().code() != ErrorCode::kNotReachable) return mapping;
+  MVGPU_RETURN_IF_ERROR(domain_->check_copy(part, domain::Access::kRead));
+  extent.is_copied = true;
+  extent.hold.reset();
+  ++unheld_extents_;
+  return dma::DmaMapping();
 }
 
 size_t Backing::extent_at(uint64_t offset) const {
@@ -70,14 +81,16 @@ Result<void> Backing::for_each_piece(const LineBlock& block, uint64_t destinatio
 
 Result<std::vector<Backing::Use>> Backing::map_for(const LineBlock& block) {
   std::vector<Use> uses;
-  MVGPU_RETURN_IF_ERROR(for_each_piece(block, 0, [&uses](size_t index, IovaRange piece, uint64_t) {
-    if (!uses.empty() && uses.back().extent == index) {
-      uses.back().iova = IovaRange::FromFirstAndLast(uses.back().iova.start(), piece.last());
-    } else {
-      uses.push_back({index, piece, {}});
-    }
-    return Result<void>();
-  }));
+  MVGPU_RETURN_IF_ERROR(
+      for_each_piece(block, 0, [&uses, this](size_t index, IovaRange piece, uint64_t) {
+        if (extents_[index].is_copied) return Result<void>();
+        if (!uses.empty() && uses.back().extent == index) {
+          uses.back().iova = IovaRange::FromFirstAndLast(uses.back().iova.start(), piece.last());
+        } else {
+          uses.push_back({index, piece, {}});
+        }
+        return Result<void>();
+      }));
   for (Use& use : uses) {
     Extent& extent = extents_[use.extent];
     if (!extent.hold.is_valid()) {
@@ -86,9 +99,28 @@ Result<std::vector<Backing::Use>> Backing::map_for(const LineBlock& block) {
       auto hold = user_->map(extent.iova, dma::Direction::kToDevice);
       if (hold) extent.hold = std::move(*hold);
     }
-    MVGPU_ASSIGN_OR_RETURN(use.mapping, user_->map(use.iova, dma::Direction::kToDevice));
+    MVGPU_ASSIGN_OR_RETURN(use.mapping, Map(extent, use.iova));
   }
   return uses;
+}
+
+// Goes on after kPending, so that everything is asked for at once.
+Result<uint64_t> Backing::CopyUnheld(const LineBlock& block, std::span<std::byte> destination,
+                                     uint64_t destination_stride) const {
+  uint64_t copied = 0;
+  if (unheld_extents_ == 0) return copied;
+  Result<void> outcome;
+  MVGPU_RETURN_IF_ERROR(for_each_piece(
+      block, destination_stride, [&](size_t index, IovaRange piece, uint64_t to) -> Result<void> {
+        if (!extents_[index].is_copied) return {};
+        copied += piece.size();
+        auto read = domain_->read(piece.start(), destination.subspan(to, piece.size()));
+        if (read || read.error().code() != ErrorCode::kPending) return read;
+        outcome = std::move(read);
+        return {};
+      }));
+  MVGPU_RETURN_IF_ERROR(outcome);
+  return copied;
 }
 
 Result<uint64_t> Backing::copy(const LineBlock& block, std::span<std::byte> destination,
@@ -97,11 +129,19 @@ Result<uint64_t> Backing::copy(const LineBlock& block, std::span<std::byte> dest
     return Fail(ErrorCode::kInvalid,
                 fmt::format("offset {} lies behind the backing of {} bytes", block.offset, size_));
   }
-  MVGPU_ASSIGN_OR_RETURN(const std::vector<Use> uses, map_for(block));
-  auto use = uses.begin();
   uint64_t copied = 0;
+  std::vector<Use> uses;
+  size_t unheld = 0;
+  do {
+    // First what may be pending: nothing is mapped for a copy that is asked for again.
+    unheld = unheld_extents_;
+    MVGPU_ASSIGN_OR_RETURN(copied, CopyUnheld(block, destination, destination_stride));
+    MVGPU_ASSIGN_OR_RETURN(uses, map_for(block));
+  } while (unheld_extents_ != unheld);  // memory has come back without its file
+  auto use = uses.begin();
   MVGPU_RETURN_IF_ERROR(for_each_piece(
       block, destination_stride, [&](size_t index, IovaRange piece, uint64_t to) -> Result<void> {
+        if (extents_[index].is_copied) return {};
         while (use->extent != index) ++use;
         copied += piece.size();
         return use->mapping.read(piece.start(), destination.subspan(to, piece.size()));

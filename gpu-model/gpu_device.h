@@ -2,7 +2,7 @@
 
 // The virtio-gpu device (virtio 1.2, 5.7), 2D: commands, resources, scanouts. It knows no VMM, no
 // socket and no queue: a request goes in, a response comes out. Guest memory is reached through the
-// DmaCache only.
+// DmaCache, and where it has no file, so that nobody can hold it, by copies of the domain.
 //
 // - RESOURCE_ATTACH_BACKING pins and maps the guest pages; the resource holds the mappings.
 // - TRANSFER_TO_HOST_2D asks the cache for the pages of the rectangle again (hits) and copies.
@@ -24,6 +24,7 @@
 #include <string>
 #include <vector>
 
+#include "apionly-domain/api_only_domain.h"
 #include "apionly-domain/base/error.h"
 #include "dma-cache/dma_cache.h"
 #include "gpu-model/display/display.h"
@@ -74,9 +75,10 @@ class GpuDevice {
     uint64_t host_bytes = 0;         // host pixels now
   };
 
-  // `cache`, `display` and `owner` outlive the device. Errors: kInvalid for an impossible
-  // configuration.
+  // Cache, domain, display and owner outlive the device; the cache is one of this domain. Errors:
+  // kInvalid for an impossible configuration.
   static Result<std::unique_ptr<GpuDevice>> Create(GpuConfig config, dma::DmaCache* cache,
+                                                   const domain::ApiOnlyDomain* domain,
                                                    Display* display, Owner* owner);
   virtual ~GpuDevice() = default;
 
@@ -89,9 +91,10 @@ class GpuDevice {
   virtual void write_config(uint32_t offset, std::span<const std::byte> data) = 0;
 
   // One request of the control queue; returns response bytes written (at least a header when it
-  // fits).
-  virtual uint32_t execute_control(std::span<const std::byte> request,
-                                   std::span<std::byte> response) = 0;
+  // fits). Errors: kPending, when guest memory is not at hand: nothing was done, nothing counted,
+  // and the same request is to come again.
+  virtual Result<uint32_t> execute_control(std::span<const std::byte> request,
+                                           std::span<std::byte> response) = 0;
   // One request of the cursor queue; has no response.
   virtual void execute_cursor(std::span<const std::byte> request) = 0;
 

@@ -29,15 +29,18 @@ Result<void> CheckConfig(const GpuConfig& config) {
 }  // namespace
 
 Result<std::unique_ptr<GpuDevice>> GpuDevice::Create(GpuConfig config, dma::DmaCache* cache,
+                                                     const domain::ApiOnlyDomain* domain,
                                                      Display* display, Owner* owner) {
   MVGPU_RETURN_IF_ERROR(CheckConfig(config));
-  return std::make_unique<GpuDevice2d>(config, cache, display, owner);
+  return std::make_unique<GpuDevice2d>(config, cache, domain, display, owner);
 }
 
-GpuDevice2d::GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache, Display* display,
+GpuDevice2d::GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache,
+                         const domain::ApiOnlyDomain* domain, Display* display,
                          GpuDevice::Owner* owner)
     : config_(config),
       user_(cache->open_user(this)),
+      domain_(domain),
       display_(display),
       owner_(owner),
       budget_(config.host_memory_limit) {
@@ -66,14 +69,14 @@ void GpuDevice2d::write_config(uint32_t offset, std::span<const std::byte> data)
   events_read_ &= ~config.events_clear;
 }
 
-uint32_t GpuDevice2d::execute_control(std::span<const std::byte> request,
-                                      std::span<std::byte> response) {
-  ++counters_.control_commands;
+Result<uint32_t> GpuDevice2d::execute_control(std::span<const std::byte> request,
+                                              std::span<std::byte> response) {
   Answer answer{wire::Response::kErrUnspec};
   wire::Header reply{};
   if (const auto header = wire::ReadAt<wire::Header>(request)) {
     const auto payload = response.subspan(std::min(response.size(), sizeof(reply)));
-    answer = Execute(static_cast<wire::Command>(header->type), request, payload);
+    MVGPU_ASSIGN_OR_RETURN(answer,
+                           Execute(static_cast<wire::Command>(header->type), request, payload));
     // 5.7.6.7: a fenced request is answered when it is done; everything here is done by now.
     if ((header->flags & wire::kFlagFence) != 0) {
       reply.flags = wire::kFlagFence;
@@ -85,6 +88,7 @@ uint32_t GpuDevice2d::execute_control(std::span<const std::byte> request,
       }
     }
   }
+  ++counters_.control_commands;
   reply.type = static_cast<uint32_t>(answer.type);
   if (answer.type >= wire::Response::kErrUnspec) ++counters_.failed_commands;
   const size_t size = std::min(response.size(), sizeof(reply));
@@ -92,29 +96,29 @@ uint32_t GpuDevice2d::execute_control(std::span<const std::byte> request,
   return static_cast<uint32_t>(size) + answer.payload_bytes;
 }
 
-GpuDevice2d::Answer GpuDevice2d::Execute(wire::Command command, Request request,
-                                         std::span<std::byte> payload) {
+Result<GpuDevice2d::Answer> GpuDevice2d::Execute(wire::Command command, Request request,
+                                                 std::span<std::byte> payload) {
   switch (command) {
     case wire::Command::kGetDisplayInfo:
       return GetDisplayInfo(payload);
     case wire::Command::kGetEdid:
       return GetEdid(request, payload);
     case wire::Command::kResourceCreate2d:
-      return {ResourceCreate2d(request)};
+      return Answer{ResourceCreate2d(request)};
     case wire::Command::kResourceUnref:
-      return {ResourceUnref(request)};
+      return Answer{ResourceUnref(request)};
     case wire::Command::kSetScanout:
-      return {SetScanout(request)};
+      return Answer{SetScanout(request)};
     case wire::Command::kResourceFlush:
-      return {ResourceFlush(request)};
+      return Answer{ResourceFlush(request)};
     case wire::Command::kTransferToHost2d:
-      return {TransferToHost2d(request)};
+      return TransferToHost2d(request).map([](wire::Response type) { return Answer{type}; });
     case wire::Command::kResourceAttachBacking:
-      return {ResourceAttachBacking(request)};
+      return Answer{ResourceAttachBacking(request)};
     case wire::Command::kResourceDetachBacking:
-      return {ResourceDetachBacking(request)};
+      return Answer{ResourceDetachBacking(request)};
     default:
-      return {wire::Response::kErrUnspec};
+      return Answer{wire::Response::kErrUnspec};
   }
 }
 

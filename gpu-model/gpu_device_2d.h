@@ -24,8 +24,8 @@ namespace mvgpu::gpu {
 class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
  public:
   // REQUIRES: a configuration that GpuDevice::Create() has checked.
-  GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache, Display* display,
-              GpuDevice::Owner* owner);
+  GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache, const domain::ApiOnlyDomain* domain,
+              Display* display, GpuDevice::Owner* owner);
   ~GpuDevice2d() override;
 
   uint64_t features() const override { return wire::kFeatureEdid; }
@@ -35,8 +35,8 @@ class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
   void read_config(uint32_t offset, std::span<std::byte> data) const override;
   void write_config(uint32_t offset, std::span<const std::byte> data) override;
 
-  uint32_t execute_control(std::span<const std::byte> request,
-                           std::span<std::byte> response) override;
+  Result<uint32_t> execute_control(std::span<const std::byte> request,
+                                   std::span<std::byte> response) override;
   void execute_cursor(std::span<const std::byte> request) override;
   void reset() override;
 
@@ -62,14 +62,15 @@ class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
   // No hardware has the addresses: a copy looks for itself whether its pages are still there.
   void on_revoke(IovaRange) override {}
 
-  Answer Execute(wire::Command command, Request request, std::span<std::byte> payload);
+  // Errors: kPending.
+  Result<Answer> Execute(wire::Command command, Request request, std::span<std::byte> payload);
 
   // resource_commands.cc
   wire::Response ResourceCreate2d(Request request);
   wire::Response ResourceUnref(Request request);
   wire::Response ResourceAttachBacking(Request request);
   wire::Response ResourceDetachBacking(Request request);
-  wire::Response TransferToHost2d(Request request);
+  Result<wire::Response> TransferToHost2d(Request request);
 
   // scanout_commands.cc
   Answer GetDisplayInfo(std::span<std::byte> payload) const;
@@ -87,8 +88,9 @@ class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
   void DestroyResource(uint32_t id);
 
   const GpuConfig config_;
-  const std::unique_ptr<dma::DmaUser> user_;  // of the cache; outlives the resources below
-  Display* const display_;  // these two outlive the device: contract of GpuDevice::Create()
+  const std::unique_ptr<dma::DmaUser> user_;   // of the cache; outlives the resources below
+  const domain::ApiOnlyDomain* const domain_;  // these three outlive the device: contract of
+  Display* const display_;                     // GpuDevice::Create()
   GpuDevice::Owner* const owner_;
 
   uint32_t events_read_ = 0;

@@ -83,7 +83,7 @@ Response GpuDevice2d::ResourceAttachBacking(Request request) {
     const auto entry = wire::ReadAt<wire::MemEntry>(list, i * sizeof(wire::MemEntry));
     entries[i] = {Iova(entry->addr), entry->length};
   }
-  auto backing = Backing::Create(entries, user_.get());
+  auto backing = Backing::Create(entries, user_.get(), domain_);
   if (!backing) return Refuse(backing.error());
   resource->attach(std::move(*backing));
   return Response::kOkNodata;
@@ -99,7 +99,7 @@ Response GpuDevice2d::ResourceDetachBacking(Request request) {
   return Response::kOkNodata;
 }
 
-Response GpuDevice2d::TransferToHost2d(Request request) {
+Result<Response> GpuDevice2d::TransferToHost2d(Request request) {
   const auto command = wire::ReadAt<wire::TransferToHost2d>(request);
   if (!command) return Response::kErrInvalidParameter;
   Response error{};
@@ -112,8 +112,9 @@ Response GpuDevice2d::TransferToHost2d(Request request) {
   const auto copied =
       resource->transfer({rect.x, rect.y, rect.width, rect.height}, command->offset);
   if (!copied) {
-    return copied.error().code() == ErrorCode::kInvalid ? Response::kErrInvalidParameter
-                                                        : Refuse(copied.error());
+    const ErrorCode code = copied.error().code();
+    if (code == ErrorCode::kPending) return tl::unexpected<Error>(copied.error());
+    return code == ErrorCode::kInvalid ? Response::kErrInvalidParameter : Refuse(copied.error());
   }
   counters_.transferred_bytes += *copied;
   return Response::kOkNodata;

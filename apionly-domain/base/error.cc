@@ -35,6 +35,8 @@ CodeEntry EntryOf(ErrorCode code) {
       return {"busy", EBUSY};
     case ErrorCode::kRevoked:
       return {"revoked", ENODEV};
+    case ErrorCode::kPending:
+      return {"pending", EAGAIN};
     case ErrorCode::kTruncated:
       return {"truncated", EFAULT};
     case ErrorCode::kSystem:

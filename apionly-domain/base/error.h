@@ -24,6 +24,7 @@ enum class ErrorCode : uint8_t {
   kNotContiguous,  // one address for all of it does not exist; ask for 4 KiB pages
   kBusy,           // held by somebody who did not let go, or about to be unmapped
   kRevoked,        // the mapping behind a handle has gone
+  kPending,        // the bytes are on their way: undo what was begun, and ask again
   kTruncated,      // the backing file is shorter than the mapping
   kSystem,         // a system call failed; see sys_errno()
   kProtocol,       // the peer broke the protocol; the connection cannot go on

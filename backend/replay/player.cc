@@ -46,6 +46,7 @@ Result<std::unique_ptr<Player>> Player::Create(TraceReader* reader, Options opti
   std::unique_ptr<Player> player(new Player(reader));
   MVGPU_ASSIGN_OR_RETURN(Vgpu::Parts parts, Vgpu::MakeParts(config));
   parts.mapper = player->account_.Watch(std::move(parts.mapper));
+  parts.remote = &player->memory_;
   MVGPU_ASSIGN_OR_RETURN(
       player->vgpu_, Vgpu::Create(std::move(config), std::move(parts), player.get(), player.get()));
   player->outcome_.records = 1;

@@ -83,6 +83,7 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   void on_queue_waiting(uint16_t, const Error&) override {}
   void on_refused(const Error&) override {}
   void on_unsealed_memory(IovaRange) override {}
+  void on_remote_memory(Iova) override {}
   void on_queue_error(uint16_t, const Error&) override {}  // the trace has it, too
   void on_map(IovaRange, domain::Access, const Backing&) override {}
   void on_unmap(Iova, uint64_t) override {}

@@ -5,6 +5,7 @@
 #include <map>
 #include <span>
 
+#include "apionly-domain/api_only_domain.h"
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
 #include "apionly-domain/base/unique_fd.h"
@@ -14,7 +15,10 @@ namespace mvgpu::backend {
 // Guest RAM for a replay: one sparse memfd per file of the trace, and where they are mapped. Bytes
 // are put in from the VMM's side of the memory, so a mapping that the device may only read is no
 // obstacle. Not thread-safe.
-class ReplayMemory {
+//
+// A mapping without a file gets a sparse memfd that only this class knows, and the device reaches
+// it as it reached the VMM: by asking.
+class ReplayMemory final : public domain::RemoteMemory {
  public:
   // What a hostile trace may make a replay hold.
   static constexpr uint64_t kMaxFiles = 1024;
@@ -28,6 +32,12 @@ class ReplayMemory {
   void unmap_all() { mappings_.clear(); }
   // Errors: kCorrupt (not mapped), kSystem.
   Result<void> put(Iova iova, std::span<const std::byte> bytes);
+
+  // What the VMM would do for memory without a file.
+  Result<void> read(Iova iova, std::span<std::byte> destination) override;
+  Result<void> write(Iova iova, std::span<const std::byte> source) override {
+    return put(iova, source);
+  }
 
   struct Place {
     uint64_t file = 0;  // 0: not mapped
@@ -44,8 +54,13 @@ class ReplayMemory {
     IovaRange range;
     uint64_t file;
     uint64_t offset;
+    UniqueFd own{};  // without a file of the trace; made when it is needed
   };
   const Mapping* find(Iova iova) const;
+  Mapping* find(Iova iova);
+  static Result<UniqueFd> MakeFile();
+  // The descriptor behind a mapping.
+  Result<int> FdOf(Mapping& mapping);
 
   std::map<uint64_t, File> files_;
   std::map<uint64_t, Mapping> mappings_;  // by first IOVA

@@ -21,7 +21,8 @@
 //   type       payload                                                   a replay
 //   kSession   JSON object, flat: config of the vGPU, see VgpuConfig     builds the same vGPU
 //   kMap       iova, size, access (1 read, 2 write, 3 both), file        maps a sparse memfd
-//              (from 1; 0: none), file offset, file size                   of that size
+//              (from 1; 0: none), file offset, file size                   of that size; without a
+//                                                                          file, memory of its own
 //   kUnmap     iova, size                                                unmaps
 //   kUnmapAll  -                                                         unmaps
 //   kWrite     region, offset, bytes                                     writes the register

@@ -24,7 +24,12 @@ namespace mvgpu::testing {
 // A VMM with a guest in it.
 struct RemoteVm {
   explicit RemoteVm(UniqueFd socket)
-      : device(std::move(socket)), guest(&device, [this] { return wait_briefly(); }) {}
+      : device(std::move(socket)), guest(&device, [this] {
+          device.answer_dma();
+          return wait_briefly();
+        }) {
+    device.set_memory(GpuGuest::kRam, guest.ram().bytes());
+  }
 
   // Through VERSION, mappings and the guest's driver.
   bool start() {

@@ -384,5 +384,107 @@ TEST_F(BackendSessionTest, TraceThatCannotBeWrittenAnyMoreTurnsTheVmmAway) {
   ExpectLeaves(0);
 }
 
+// A VM whose memory has no file.
+class RemoteMemorySessionTest : public BackendTest {
+ protected:
+  std::unique_ptr<RemoteVm> StartVmWithoutFiles() {
+    auto vm = ConnectVm();
+    vm->guest.set_files(false, false);
+    EXPECT_TRUE(vm->start());
+    return vm;
+  }
+  // Makes a request, and waits until the backend asks for memory.
+  static Reply FirstQuestion(RemoteVm& vm) {
+    DescriptorChainBuilder chain(&vm.guest.memory());
+    chain.readable(wire::RequestBytes(wire::kCmdGetDisplayInfo).bytes()).writable(408);
+    vm.guest.control().add(chain);
+    vm.guest.ring_control();
+    std::vector<Reply> asked;
+    while (asked.empty() && vm.wait_briefly()) asked = vm.device.take_dma();
+    EXPECT_FALSE(asked.empty());
+    return asked.empty() ? Reply{} : asked.front();
+  }
+};
+
+TEST_F(RemoteMemorySessionTest, GuestDrawsAndTheReasonOfTheSlownessIsSaidOnce) {
+  const std::string trace = dir_ / "t.mvtrace";
+  Start({"--record=" + trace});
+  auto vm = StartVmWithoutFiles();
+  EXPECT_TRUE(vm->guest.draw(1, 3));
+  EXPECT_TRUE(vm->guest.move_cursor(3, 4));
+  vm.reset();
+  ExpectVmGone();
+  EXPECT_THAT(backend_->err(), HasSubstr("pinned at most 0 pages"));
+  const std::string err = backend_->err();
+  const size_t said = err.find("has no file");
+  ASSERT_NE(said, std::string::npos) << err;
+  EXPECT_EQ(err.find("has no file", said + 1), std::string::npos);
+  EXPECT_THAT(err, HasSubstr("memory-backend-memfd,share=on"));
+  const auto outcome = Replay(trace);
+  EXPECT_THAT(outcome.described, ::testing::IsEmpty());
+  EXPECT_TRUE(outcome.is_complete && outcome.all_released);
+  EXPECT_EQ(outcome.frame_hashes.size(), 4u) << "a mode, three flushes";
+  ExpectServes();
+}
+
+TEST_F(RemoteMemorySessionTest, VmmIsServedWhileItOwesAnAnswer) {
+  Start();
+  auto vm = StartVmWithoutFiles();
+  const Reply question = FirstQuestion(*vm);
+  EXPECT_EQ(question.command, kDmaRead);
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(vm->guest.driver().status(), 0x0f);
+  EXPECT_THAT(vm->guest.unmap_pictures(), IsOk());
+  EXPECT_THAT(vm->guest.map_pictures(), IsOk());
+  EXPECT_THAT(backend_->err(), ::testing::Not(HasSubstr("stands still")));
+}
+
+TEST_F(RemoteMemorySessionTest, VmmMayLeaveWhileItOwesAnAnswer) {
+  Start();
+  auto vm = StartVmWithoutFiles();
+  FirstQuestion(*vm);
+  const auto left = std::chrono::steady_clock::now();
+  vm.reset();
+  ExpectVmGone();
+  EXPECT_LT(std::chrono::steady_clock::now() - left, std::chrono::seconds(4));
+  EXPECT_THAT(backend_->err(), ::testing::Not(HasSubstr("stands still")));
+  ExpectServes();
+}
+
+TEST_F(RemoteMemorySessionTest, BackendLeavesWhileItWaitsForAnAnswer) {
+  const std::string trace = dir_ / "t.mvtrace";
+  Start({"--record=" + trace});
+  auto vm = StartVmWithoutFiles();
+  FirstQuestion(*vm);
+  const auto asked = std::chrono::steady_clock::now();
+  backend_->send_signal(SIGTERM);
+  ExpectLeaves(0);
+  EXPECT_LT(std::chrono::steady_clock::now() - asked, std::chrono::seconds(4));
+  EXPECT_THAT(backend_->err(), HasSubstr(kNothingLeft));
+  EXPECT_THAT(Replay(trace).described, ::testing::IsEmpty());
+}
+
+TEST_F(RemoteMemorySessionTest, RefusalStopsTheQueueAndSaysWhy) {
+  Start();
+  auto vm = StartVmWithoutFiles();
+  vm->device.client().refuse(FirstQuestion(*vm), ENODEV);
+  EXPECT_NE(
+      backend_->wait_for_err("queue 0 stands still until the guest resets the device: the vmm "
+                             "refuses a dma_read of 2 bytes at iova 0x40000"),
+      std::string::npos)
+      << backend_->err();
+  ASSERT_TRUE(vm->guest.boot());
+  EXPECT_TRUE(vm->guest.draw(1, 1));
+}
+
+TEST_F(RemoteMemorySessionTest, AnswersWithA32BitCountAreFoundOut) {
+  Start();
+  auto vm = StartVmWithoutFiles();
+  const Reply question = FirstQuestion(*vm);
+  const Bytes body = Bytes{}.U64(question.u64(0)).U32(question.u32(8)).Fill(question.u64(8));
+  vm->device.client().send(MessageOf(
+      question.id, kDmaRead, static_cast<uint32_t>(kHeaderSize + body.size()), kTypeReply, body));
+  EXPECT_NE(backend_->wait_for_err("as qemu before 11 does"), std::string::npos) << backend_->err();
+}
+
 }  // namespace
 }  // namespace mvgpu::testing

@@ -4,11 +4,14 @@
 
 namespace mvgpu::testing {
 
-Result<void> GpuGuest::map_low() { return device_.dma_map(ram_.map_request(kRam, 0, kLowSize)); }
-
-Result<void> GpuGuest::map_pictures() {
-  return device_.dma_map(ram_.map_request(kPictures, kLowSize, kPicturesSize));
+Result<void> GpuGuest::Map(uint64_t iova, uint64_t size, bool with_file) {
+  if (with_file) return device_.dma_map(ram_.map_request(iova, iova - kRam, size));
+  return device_.dma_map({Iova(iova), size, domain::Access::kReadWrite, UniqueFd(), 0});
 }
+
+Result<void> GpuGuest::map_low() { return Map(kRam, kLowSize, low_has_file_); }
+
+Result<void> GpuGuest::map_pictures() { return Map(kPictures, kPicturesSize, pictures_have_file_); }
 
 Result<uint64_t> GpuGuest::unmap_pictures() {
   return device_.dma_unmap(Iova(kPictures), kPicturesSize);

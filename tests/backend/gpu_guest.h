@@ -37,7 +37,11 @@ class GpuGuest {
   GpuGuest(glue::VfioDevice* device, std::function<bool()> wait)
       : device_(*device), driver_(device), wait_(std::move(wait)) {}
 
-  // The VMM's side.
+  // The VMM's side. Without a file it maps memory that the device has to ask for.
+  void set_files(bool low, bool pictures) {
+    low_has_file_ = low;
+    pictures_have_file_ = pictures;
+  }
   Result<void> map_low();
   Result<void> map_pictures();
   Result<uint64_t> unmap_pictures();
@@ -72,12 +76,15 @@ class GpuGuest {
   VirtioPciDriver& driver() { return driver_; }
 
  private:
+  Result<void> Map(uint64_t iova, uint64_t size, bool with_file);
   static constexpr wire::WireRect kWhole{0, 0, kWidth, kHeight};
 
   GuestRam ram_{kLowSize + kPicturesSize};
   GuestMemory memory_{&ram_, kRam};
   VirtqueueDriver control_{&memory_, 64};
   VirtqueueDriver cursor_{&memory_, 16};
+  bool low_has_file_ = true;
+  bool pictures_have_file_ = true;
   glue::VfioDevice& device_;
   VirtioPciDriver driver_;
   const std::function<bool()> wait_;

@@ -6,7 +6,10 @@
 #include <sys/un.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <cstring>
+#include <utility>
 
 namespace mvgpu::testing {
 
@@ -36,10 +39,46 @@ UniqueFd ConnectTo(const std::string& path) {
 std::optional<Reply> RemoteDevice::receive() {
   const auto end = std::chrono::steady_clock::now() + kPatience;
   while (true) {
-    if (auto reply = client_.receive()) return reply;
+    if (auto reply = NextReply()) return reply;
     if (!WaitReadable(client_.fd(), end)) return std::nullopt;
-    if (auto reply = client_.receive()) return reply;
+    if (auto reply = NextReply()) return reply;
     if (client_.is_closed()) return std::nullopt;
+  }
+}
+
+std::optional<Reply> RemoteDevice::NextReply() {
+  while (auto message = client_.receive()) {
+    if ((message->flags & 0xf) == kTypeReply) return message;
+    asked_.push_back(std::move(*message));
+  }
+  return std::nullopt;
+}
+
+std::vector<Reply> RemoteDevice::take_dma() {
+  [[maybe_unused]] const auto nothing = NextReply();  // nobody waits for one
+  return std::exchange(asked_, {});
+}
+
+size_t RemoteDevice::answer_dma() {
+  const std::vector<Reply> asked = take_dma();
+  for (const Reply& command : asked) Answer(command);
+  return asked.size();
+}
+
+void RemoteDevice::Answer(const Reply& command) {
+  const uint64_t offset = command.u64(0) - memory_start_;
+  const uint64_t count = command.u64(8);
+  if (offset > memory_.size() || count > memory_.size() - offset) {
+    client_.refuse(command, ENODEV);
+    return;
+  }
+  const auto bytes = memory_.subspan(offset, count);
+  if (command.command == kDmaWrite) {
+    std::memcpy(bytes.data(), command.body.data() + 16, count);
+    client_.answer(command);
+  } else {
+    client_.answer(command,
+                   Bytes{}.Text({reinterpret_cast<const char*>(bytes.data()), bytes.size()}));
   }
 }
 

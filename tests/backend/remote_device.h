@@ -4,6 +4,7 @@
 // other tests run against the real program. Messages are made of numbers, see vfio_user_client.h.
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -22,8 +23,19 @@ class RemoteDevice final : public glue::VfioDevice {
   // Sends a command and waits for its reply; nullopt when none comes, or the other end has hung up.
   std::optional<Reply> transact(uint16_t command, const Bytes& body,
                                 const std::vector<int>& fds = {});
-  // Waits for the next reply.
+  // Waits for the next reply. Commands of the server's are put aside.
   std::optional<Reply> receive();
+
+  // Memory that the VMM mapped without a file, from `iova` on. What the server asks about it is
+  // answered in answer_dma() only: like QEMU, which answers nothing while it waits for a reply.
+  void set_memory(uint64_t iova, std::span<std::byte> bytes) {
+    memory_start_ = iova;
+    memory_ = bytes;
+  }
+  // Answers what the server has asked so far; the number of commands.
+  size_t answer_dma();
+  // What the server has asked so far; the caller answers.
+  std::vector<Reply> take_dma();
   // VERSION; false when the server does not agree.
   bool negotiate();
   // Waits until the other end hangs up.
@@ -44,9 +56,15 @@ class RemoteDevice final : public glue::VfioDevice {
   Result<uint64_t> dma_unmap_all() override;
 
  private:
+  // The next reply that is here.
+  std::optional<Reply> NextReply();
+  void Answer(const Reply& command);
   Result<Reply> Ask(uint16_t command, const Bytes& body, const std::vector<int>& fds = {}) const;
 
   mutable VfioUserClient client_;
+  uint64_t memory_start_ = 0;
+  std::span<std::byte> memory_;
+  std::vector<Reply> asked_;  // commands of the server's
 };
 
 }  // namespace mvgpu::testing

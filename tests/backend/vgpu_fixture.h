@@ -26,6 +26,9 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   // An observer is needed before SetUp(): called there.
   virtual SessionObserver* observer() { return nullptr; }
 
+  // Who is asked for memory without a file; called in SetUp(), too.
+  virtual domain::RemoteMemory* remote() { return nullptr; }
+
   VgpuTest() { config_.pin = PinMode::kNone; }
 
   void SetUp() override { MakeVgpu(); }
@@ -38,6 +41,7 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   void MakeVgpu() {
     auto parts = Vgpu::MakeParts(config_);
     ASSERT_THAT(parts, testing::IsOk());
+    parts->remote = remote();
     auto vgpu = Vgpu::Create(config_, std::move(*parts), observer(), this);
     ASSERT_THAT(vgpu, testing::IsOk());
     vgpu_ = std::move(*vgpu);
@@ -73,6 +77,7 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   void on_queue_waiting(uint16_t queue, const Error&) override { waiting_.push_back(queue); }
   void on_refused(const Error& error) override { refusals_.push_back(error.message()); }
   void on_unsealed_memory(IovaRange range) override { unsealed_.push_back(range); }
+  void on_remote_memory(Iova first) override { remote_.push_back(first); }
 
   VgpuConfig config_;
   std::vector<uint16_t> doorbells_;
@@ -80,6 +85,7 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   std::vector<uint16_t> waiting_;
   std::vector<std::string> refusals_;
   std::vector<IovaRange> unsealed_;
+  std::vector<Iova> remote_;
   std::unique_ptr<Vgpu> vgpu_;
   std::unique_ptr<testing::GpuGuest> guest_;
   bool has_ended_ = false;

@@ -253,6 +253,7 @@ TEST(VgpuCreateTest, ConfigurationsThatCannotBeAreRefused) {
     void on_queue_error(uint16_t, const Error&) override {}
     void on_refused(const Error&) override {}
     void on_unsealed_memory(IovaRange) override {}
+    void on_remote_memory(Iova) override {}
   } owner;
   const auto create = [&owner](const VgpuConfig& config) {
     return Vgpu::Create(config, std::move(*Vgpu::MakeParts(config)), nullptr, &owner);

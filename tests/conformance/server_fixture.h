@@ -68,12 +68,16 @@ class ServerTest : public ::testing::Test {
     int ends[2];
     ASSERT_EQ(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
     client_ = std::make_unique<VfioUserClient>(UniqueFd(ends[0]));
-    auto server = glue::vfio_user::Server::Create(UniqueFd(ends[1]), &device_, &log_,
-                                                  {.send_timeout = std::chrono::milliseconds(50)});
+    auto server = glue::vfio_user::Server::Create(
+        UniqueFd(ends[1]), &device_, &log_,
+        {.send_timeout = std::chrono::milliseconds(50), .dma_requests = dma_requests()});
     ASSERT_THAT(server, IsOk());
     server_ = std::move(*server);
     state_ = State::kServing;
   }
+  // Where a test has the server ask the client for memory.
+  virtual glue::vfio_user::DmaRequests* dma_requests() { return nullptr; }
+
   void Disconnect() {
     server_.reset();
     client_.reset();

@@ -38,6 +38,21 @@ uint16_t VfioUserClient::command(uint16_t command, const Bytes& body, const std:
   return id;
 }
 
+bool VfioUserClient::answer(const Reply& command, const Bytes& data) {
+  const Bytes body = Bytes{}.U64(command.u64(0)).U64(command.u64(8)).Add(data);
+  return send(MessageOf(command.id, command.command,
+                        static_cast<uint32_t>(kHeaderSize + body.size()), kTypeReply, body));
+}
+
+bool VfioUserClient::refuse(const Reply& command, uint32_t sys_errno) {
+  return send(Bytes{}
+                  .U16(command.id)
+                  .U16(command.command)
+                  .U32(kHeaderSize)
+                  .U32(kErrorReply)
+                  .U32(sys_errno));
+}
+
 void VfioUserClient::Fetch() {
   std::array<uint8_t, 65536> buffer;
   for (;;) {

@@ -28,6 +28,8 @@ inline constexpr uint16_t kGetIrqInfo = 7;
 inline constexpr uint16_t kSetIrqs = 8;
 inline constexpr uint16_t kRegionRead = 9;
 inline constexpr uint16_t kRegionWrite = 10;
+inline constexpr uint16_t kDmaRead = 11;  // these two come from the server
+inline constexpr uint16_t kDmaWrite = 12;
 inline constexpr uint16_t kReset = 13;
 inline constexpr uint16_t kRegionWriteMulti = 15;
 inline constexpr uint16_t kDeviceFeature = 16;
@@ -105,7 +107,11 @@ class VfioUserClient {
   uint16_t command(uint16_t command, const Bytes& body, const std::vector<int>& fds = {},
                    uint32_t flags = 0);
 
-  // The next reply, if all of it has arrived. Never blocks.
+  // Answers a command of the server's: its 16 bytes again, then data; or with an errno alone.
+  bool answer(const Reply& command, const Bytes& data = {});
+  bool refuse(const Reply& command, uint32_t sys_errno);
+
+  // The next reply, or command of the server's, if all of it has arrived. Never blocks.
   std::optional<Reply> receive();
   // The bytes that one read of the socket returns, as clients that read only once see them.
   std::vector<uint8_t> read_once(size_t max_size);

@@ -112,6 +112,30 @@ class GuestDrawsTest(unittest.TestCase):
         self.assertEqual(report["frame_hashes"][-1], report["counters"]["final_picture"])
         self.assertTrue(same_picture(again, wanted))
 
+    def test_memory_without_a_file_shows_the_same_picture(self):
+        with Backend(PROGRAMS, record=True) as backend:
+            wanted = self.qemus_own_picture(backend.folder)
+            with self.guest(backend, shared=False) as guest:
+                self.start_pattern(guest)
+                backend.wait_line("has no file.*memory-backend-memfd,share=on")
+                self.assertTrue(wait_for_picture(backend, wanted, 30), "the screenshot is not QEMU's picture")
+                (row,) = backend.audit()["vms"][0]["domains"]
+                self.assertEqual(row["unique_pages"], 0)  # there is nothing to pin
+                guest.kill()
+            self.assert_vm_left_nothing(backend)
+            said = [line for line in backend.lines if "has no file" in line]
+            self.assertEqual(len(said), 1, "it is said once")
+            self.assert_no_trouble(backend)
+            again = backend.folder / "replayed.png"
+            code, report = backend.replay(None, f"--screenshot={again}")
+            self.assertEqual((code, report["described"]), (0, []))
+            self.assertTrue(report["ok"] and report["complete"] and report["all_released"])
+            self.assertTrue(same_picture(again, wanted))
+
+    def assert_no_trouble(self, backend):
+        for word in ("refused", "stands still", "waits until"):
+            self.assertNotIn(word, "\n".join(backend.lines))
+
     def test_backend_survives_its_vmms(self):
         with Backend(PROGRAMS) as backend:
             with self.guest(backend) as guest:

@@ -34,6 +34,7 @@ class FakeRemoteMemory final : public domain::RemoteMemory {
   std::span<std::byte> bytes() { return bytes_; }
   int calls() const { return calls_; }
   void refuse_from_call(int call) { refuse_from_call_ = call; }  // 1 = the next one
+  void pending_for(int calls) { pending_until_call_ = calls_ + calls; }
 
   void stall() {
     std::lock_guard lock(mutex_);
@@ -61,6 +62,7 @@ class FakeRemoteMemory final : public domain::RemoteMemory {
     if (refuse_from_call_ != 0 && calls_ >= refuse_from_call_) {
       return Fail(ErrorCode::kNotReachable, "the vmm refuses");
     }
+    if (calls_ <= pending_until_call_) return Fail(ErrorCode::kPending, "on its way");
     return {};
   }
   std::ptrdiff_t Index(Iova iova) const { return static_cast<std::ptrdiff_t>(iova - start_); }
@@ -71,6 +73,7 @@ class FakeRemoteMemory final : public domain::RemoteMemory {
   std::vector<std::byte> bytes_;
   int calls_ = 0;
   int refuse_from_call_ = 0;
+  int pending_until_call_ = 0;
   bool stalls_ = false;
   bool waiting_ = false;
 };

@@ -35,8 +35,8 @@ class FakeVirtioDevice final : public glue::VirtioDevice {
   void write_config(uint32_t offset, std::span<const std::byte> data) override {
     std::copy(data.begin(), data.end(), config.begin() + offset);
   }
-  uint32_t handle(uint16_t queue, std::span<const std::byte> request,
-                  std::span<std::byte> response) override {
+  Result<uint32_t> handle(uint16_t queue, std::span<const std::byte> request,
+                          std::span<std::byte> response) override {
     handled.push_back({queue, {request.begin(), request.end()}, response.size()});
     if (on_handle) return on_handle(queue, request, response);
     const size_t count = std::min(request.size(), response.size());
@@ -50,7 +50,8 @@ class FakeVirtioDevice final : public glue::VirtioDevice {
   uint64_t driver_features = 0;
   std::vector<Handled> handled;
   int resets = 0;
-  std::function<uint32_t(uint16_t, std::span<const std::byte>, std::span<std::byte>)> on_handle;
+  std::function<Result<uint32_t>(uint16_t, std::span<const std::byte>, std::span<std::byte>)>
+      on_handle;
 };
 
 }  // namespace mvgpu::testing

@@ -44,7 +44,7 @@ TEST_F(BackingTest, ADestroyedDeviceReleasesEverythingToo) {
   device_.reset();
   EXPECT_EQ(PinnedPages(), 0u);
   EXPECT_EQ(mapper_.mapped_pages(), 0u);
-  auto device = GpuDevice::Create(config_, &*cache_, &display_, &owner_);
+  auto device = GpuDevice::Create(config_, &*cache_, domain_.get(), &display_, &owner_);
   ASSERT_THAT(device, mvgpu::testing::IsOk());
   device_ = std::move(*device);
 }
@@ -181,6 +181,102 @@ TEST_F(BackingTest, LongScatteredListsAreHandled) {
   const auto before = cache_->counters();
   ASSERT_EQ(Transfer(1, {0, 511, 1024, 1}, 511 * 4096), kOk);
   EXPECT_EQ(cache_->counters().map_calls - before.map_calls, 2u);
+}
+
+// Guest memory that nobody can hold.
+class RemoteBackingTest : public GpuTest {
+ protected:
+  void SetUp() override {
+    GpuTest::SetUp();
+    for (size_t i = 0; i < remote_.bytes().size(); ++i) {
+      remote_.bytes()[i] = static_cast<std::byte>(i * 37 + (i >> 12));
+    }
+    MapRemote();
+    ASSERT_EQ(Create(1, 64, 64), kOk);  // four pages
+  }
+  void MapRemote() {
+    ASSERT_THAT(
+        container_.map({Iova(kRemote), kRemoteSize, domain::Access::kReadWrite, UniqueFd(), 0}),
+        mvgpu::testing::IsOk());
+  }
+  void ExpectShows(std::vector<std::byte> expected) {
+    ASSERT_EQ(Transfer(1, {0, 0, 64, 64}), kOk);
+    ASSERT_EQ(SetScanout(0, 1, {0, 0, 64, 64}), kOk);
+    ASSERT_EQ(Flush(1, {0, 0, 64, 64}), kOk);
+    EXPECT_EQ(LastPixels(), expected);
+  }
+  std::vector<std::byte> RemoteBytes(uint64_t offset, uint64_t size) {
+    const auto bytes = remote_.bytes().subspan(offset, size);
+    return {bytes.begin(), bytes.end()};
+  }
+};
+
+TEST_F(RemoteBackingTest, IsAttachedWithoutAPinAndCopiedAtEachTransfer) {
+  ASSERT_EQ(Attach(1, {{kRemote + 0x100, 0x4000}}), kOk);
+  EXPECT_EQ(PinnedPages(), 0u);
+  EXPECT_EQ(remote_.calls(), 0) << "an attach reads nothing";
+  ExpectShows(RemoteBytes(0x100, 0x4000));
+  EXPECT_EQ(device_->counters().transferred_bytes, 0x4000u);
+  remote_.bytes()[0x100] ^= std::byte{0xff};
+  ExpectShows(RemoteBytes(0x100, 0x4000));
+}
+
+TEST_F(RemoteBackingTest, PagesThatCanBeHeldAreHeldBesideIt) {
+  ASSERT_EQ(Attach(1, {{kRam, 0x1000}, {kRemote, 0x1800}, {kRam + 0x8000, 0x1800}}), kOk);
+  EXPECT_EQ(PinnedPages(), 3u);
+  std::vector<std::byte> expected = RamBytes(0, 0x1000);
+  for (const auto& part : {RemoteBytes(0, 0x1800), RamBytes(0x8000, 0x1800)}) {
+    expected.insert(expected.end(), part.begin(), part.end());
+  }
+  ExpectShows(expected);
+  EXPECT_EQ(Detach(1), kOk);
+  EXPECT_EQ(PinnedPages(), 0u);
+}
+
+TEST_F(RemoteBackingTest, AListThatEndsInAHoleIsRefusedAsAWhole) {
+  EXPECT_EQ(Attach(1, {{kRam, 0x1000}, {kRemote + kRemoteSize - 0x1000, 0x3000}}), kErrUnspec);
+  EXPECT_EQ(PinnedPages(), 0u);
+  EXPECT_EQ(device_->counters().attached_entries, 0u);
+}
+
+TEST_F(RemoteBackingTest, WhatTheVmmTakesAwayIsAnErrorUntilItIsBack) {
+  ASSERT_EQ(Attach(1, {{kRemote, 0x4000}}), kOk);
+  ASSERT_THAT(container_.unmap(Iova(kRemote), kRemoteSize), mvgpu::testing::IsOk());
+  EXPECT_EQ(Transfer(1, {0, 0, 64, 64}), kErrUnspec);
+  MapRemote();
+  ExpectShows(RemoteBytes(0, 0x4000));
+}
+
+TEST_F(RemoteBackingTest, BytesThatAreOnTheirWayLeaveNoTraceOfTheCommand) {
+  ASSERT_EQ(Attach(1, {{kRam, 0x2000}, {kRemote, 0x1000}, {kRam + 0x8000, 0x1000}}), kOk);
+  const auto before = device_->counters();
+  const uint64_t maps = cache_->counters().map_calls;
+  const int calls = remote_.calls();
+  remote_.pending_for(1);
+  std::vector<std::byte> response(24, std::byte{0xee});
+  const auto transfer =
+      RequestBytes(kCmdTransfer).add(WireRect{0, 0, 64, 64}).add(uint64_t{0}).u32({1, 0});
+  EXPECT_THAT(device_->execute_control(transfer.bytes(), response),
+              mvgpu::testing::FailsWith(ErrorCode::kPending));
+  EXPECT_EQ(response, std::vector(24, std::byte{0xee}));
+  EXPECT_EQ(device_->counters().control_commands, before.control_commands);
+  EXPECT_EQ(device_->counters().failed_commands, before.failed_commands);
+  EXPECT_EQ(device_->counters().transferred_bytes, before.transferred_bytes);
+  EXPECT_EQ(cache_->counters().map_calls, maps) << "the others are not mapped for nothing";
+  EXPECT_EQ(remote_.calls(), calls + 1);
+  EXPECT_EQ(Transfer(1, {0, 0, 64, 64}), kOk);
+}
+
+TEST_F(RemoteBackingTest, AllThatIsMissingIsAskedForAtOnce) {
+  ASSERT_EQ(Attach(1, {{kRemote, 0x1000}, {kRemote + 0x2000, 0x1000}, {kRemote + 0x4000, 0x1000}}),
+            kOk);
+  remote_.pending_for(3);
+  std::vector<std::byte> response(24);
+  const auto transfer =
+      RequestBytes(kCmdTransfer).add(WireRect{0, 0, 64, 48}).add(uint64_t{0}).u32({1, 0});
+  EXPECT_THAT(device_->execute_control(transfer.bytes(), response),
+              mvgpu::testing::FailsWith(ErrorCode::kPending));
+  EXPECT_EQ(remote_.calls(), 3);
 }
 
 }  // namespace

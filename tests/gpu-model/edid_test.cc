@@ -134,7 +134,7 @@ class GetEdidTest : public testing::GpuTest {
 
   std::vector<std::byte> Get(uint32_t scanout) {
     std::vector<std::byte> response(24 + 8 + 1024);
-    response.resize(device_->execute_control(
+    response.resize(*device_->execute_control(
         testing::RequestBytes(testing::kCmdGetEdid).u32({scanout, 0}).bytes(), response));
     return response;
   }

@@ -16,6 +16,7 @@
 #include "dma-cache/dma_cache.h"
 #include "gpu-model/gpu_device.h"
 #include "tests/fakes/counting_mapper.h"
+#include "tests/fakes/fake_remote_memory.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/fakes/result_matchers.h"
 #include "tests/gpu-model/wire.h"
@@ -58,6 +59,8 @@ class GpuTest : public ::testing::Test {
  protected:
   static constexpr uint64_t kRam = 0x100000;
   static constexpr uint64_t kRamSize = 16u << 20;
+  static constexpr uint64_t kRemote = uint64_t{1} << 40;  // without a file, where a test maps it
+  static constexpr uint64_t kRemoteSize = 64u << 10;
 
   explicit GpuTest(GpuConfig config = {}, uint64_t pin_limit_pages = UINT64_MAX)
       : config_(config), pin_limit_pages_(pin_limit_pages) {}
@@ -65,6 +68,7 @@ class GpuTest : public ::testing::Test {
   void SetUp() override {
     domain::ApiOnlyDomain::Options options;
     options.pin_limit_pages = pin_limit_pages_;
+    options.remote = &remote_;
     auto domain =
         domain::ApiOnlyDomain::Create(options, domain::MakeNonePinBackend(), nullptr, nullptr);
     ASSERT_THAT(domain, mvgpu::testing::IsOk());
@@ -72,7 +76,7 @@ class GpuTest : public ::testing::Test {
     ASSERT_THAT(container_.attach(domain_.get()), mvgpu::testing::IsOk());
     MapRam(0, kRamSize);
     cache_.emplace(domain_.get(), &mapper_);
-    auto device = GpuDevice::Create(config_, &*cache_, &display_, &owner_);
+    auto device = GpuDevice::Create(config_, &*cache_, domain_.get(), &display_, &owner_);
     ASSERT_THAT(device, mvgpu::testing::IsOk());
     device_ = std::move(*device);
     ram_.fill_pattern();
@@ -159,6 +163,7 @@ class GpuTest : public ::testing::Test {
   GpuConfig config_;
   uint64_t pin_limit_pages_;
   mvgpu::testing::GuestRam ram_{kRamSize};
+  mvgpu::testing::FakeRemoteMemory remote_{Iova(kRemote), kRemoteSize};
   domain::Container container_;
   std::unique_ptr<domain::ApiOnlyDomain> domain_;
   mvgpu::testing::CountingMapper mapper_;

@@ -258,7 +258,7 @@ class GpuDeviceCreateTest : public GpuTest {};
 TEST_F(GpuDeviceCreateTest, ImpossibleConfigurationsAreRefused) {
   using mvgpu::testing::FailsWith;
   const auto create = [this](GpuConfig config) {
-    return GpuDevice::Create(config, &*cache_, nullptr, nullptr);
+    return GpuDevice::Create(config, &*cache_, &*domain_, nullptr, nullptr);
   };
   EXPECT_THAT(create({}), mvgpu::testing::IsOk());
   EXPECT_THAT(create({.scanouts = 0}), FailsWith(ErrorCode::kInvalid));

@@ -108,7 +108,7 @@ class Guest:
     """One QEMU and its guest.
 
     kernel   6.1 or 6.12
-    memory   QEMU size; always a shared memfd
+    memory   QEMU size; a shared memfd, or with shared=False QEMU's own private memory (plain -m)
     device   vfio-user (needs socket=), virtio-gpu (QEMU's own), or none
     task     pattern, redraw, probe or shell; append= adds words to the kernel line
     program  a file to run in the guest, with append="mvgpu.argument=WORD"; sets the task
@@ -117,7 +117,8 @@ class Guest:
     """
 
     def __init__(self, kernel="6.12", memory="512M", device="vfio-user", socket=None, task="pattern",
-                 extra=(), append="", properties=None, log=None, echo=False, cpu="qemu64", smp=1, program=None):
+                 extra=(), append="", properties=None, log=None, echo=False, cpu="qemu64", smp=1,
+                 shared=True, program=None):
         if program:
             task = "program"
         if kernel not in KERNELS:
@@ -128,7 +129,7 @@ class Guest:
             raise GuestError("device vfio-user: needs socket=PATH, the backend's socket")
         self.kernel, self.memory, self.device, self.task = kernel, memory, device, task
         self.socket, self.extra, self.append, self.echo = socket, list(extra), append, echo
-        self.cpu, self.smp, self.program = cpu, smp, program
+        self.cpu, self.smp, self.shared, self.program = cpu, smp, shared, program
         self._image = str(cache_folder() / "guest" / kernel / "initramfs.gz")
         self.properties = dict(properties or {})
         self._temp = None
@@ -301,15 +302,19 @@ class Guest:
         cache = cache_folder()
         line = [qemu_program(), "-name", "mvgpu-guest", "-nodefaults", "-no-user-config", "-display", "none",
                 "-vga", "none", "-nic", "none", "-accel", "tcg", "-cpu", self.cpu, "-smp", str(self.smp),
-                "-machine", "q35,memory-backend=m",
-                "-m", self.memory,
-                "-object", f"memory-backend-memfd,id=m,size={self.memory},share=on",
+                *self._memory_arguments(),
                 "-chardev", f"socket,id=serial,fd={serial_fd}", "-serial", "chardev:serial",
                 "-chardev", f"socket,id=monitor,fd={monitor_fd}", "-qmp", "chardev:monitor",
                 "-kernel", str(cache / "kernels" / self.kernel / "vmlinuz"),
                 "-initrd", self._image,
                 "-append", f"console=ttyS0 quiet panic=-1 mvgpu.task={self.task} {self.append}".strip()]
         return line + self._device_arguments() + self.extra
+
+    def _memory_arguments(self):
+        if not self.shared:
+            return ["-machine", "q35", "-m", self.memory]
+        return ["-machine", "q35,memory-backend=m", "-m", self.memory,
+                "-object", f"memory-backend-memfd,id=m,size={self.memory},share=on"]
 
     def _device_arguments(self):
         if self.device == "none":

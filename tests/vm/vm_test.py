@@ -111,6 +111,11 @@ class GuestTest(unittest.TestCase):
         self.assertIn("mvgpu.task=program mvgpu.argument=all", line[line.index("-append") + 1])
         self.assertNotIn("vfio-user-pci", " ".join(line))
 
+    def test_private_memory_has_no_backend(self):
+        line = guest.Guest(device="vfio-user", socket="/run/s", memory="256M", shared=False).command_line(3, 4)
+        self.assertNotIn("memory-backend", " ".join(line))
+        self.assertEqual(line[line.index("-m") + 1], "256M")
+
     def test_wrong_arguments_are_named(self):
         for arguments in ({"kernel": "5.10", "socket": "s"}, {"device": "vfio-user"}, {"task": "dance", "socket": "s"}):
             with self.assertRaises(guest.GuestError):

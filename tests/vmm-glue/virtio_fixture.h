@@ -121,6 +121,13 @@ class VirtioPciTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
     ASSERT_EQ(driver_->status(), 0x0f);
   }
 
+  // One request, and the interrupts for it; false when there was none.
+  bool ProcessOne(uint16_t queue) {
+    const auto processed = device_->process_one(queue);
+    device_->deliver_interrupts();
+    return processed == VirtioPciDevice::Processed::kOne;
+  }
+
   testing::DescriptorChainBuilder Chain() { return testing::DescriptorChainBuilder(&memory_); }
   void AddRequest(std::string_view text) { queue_.add(Chain().readable(text).writable(64)); }
 
@@ -132,7 +139,7 @@ class VirtioPciTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
     const auto chain = Chain().readable("ping").writable(16);
     queue_.add(chain);
     driver_->notify(0);
-    EXPECT_TRUE(device_->process_one(0));
+    EXPECT_TRUE(ProcessOne(0));
     ASSERT_EQ(fake_.handled.size(), 1u);
     EXPECT_EQ(TextOf(fake_.handled[0].request), "ping");
     const auto used = queue_.take_used();
@@ -145,7 +152,7 @@ class VirtioPciTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
     EXPECT_EQ(driver_->status() & 0x40, 0x40);
     EXPECT_EQ(events_[0].take(), 1u) << "one configuration interrupt";
     EXPECT_EQ(errors_.size(), 1u);
-    EXPECT_FALSE(device_->process_one(0)) << "the queue stays stopped";
+    EXPECT_FALSE(ProcessOne(0)) << "the queue stays stopped";
     EXPECT_EQ(errors_.size(), 1u);
   }
   // The queue found its memory unmapped: it says so once, and nothing is broken.

@@ -31,12 +31,12 @@ class FakeGpu final : public gpu::GpuDevice {
   void write_config(uint32_t offset, std::span<const std::byte> data) override {
     log += "config@" + std::to_string(offset) + "=" + TextOf(data) + ";";
   }
-  uint32_t execute_control(std::span<const std::byte> request,
-                           std::span<std::byte> response) override {
+  Result<uint32_t> execute_control(std::span<const std::byte> request,
+                                   std::span<std::byte> response) override {
     log += "control:" + TextOf(request) + ";";
-    if (response.empty()) return 0;
+    if (response.empty()) return 0u;
     response[0] = std::byte{'!'};
-    return 1;
+    return 1u;
   }
   void execute_cursor(std::span<const std::byte> request) override {
     log += "cursor:" + TextOf(request) + ";";
@@ -111,8 +111,8 @@ TEST_F(VirtioGpuTest, QueuesReachTheGpu) {
   control_.add(control);
   cursor_.add(Chain().readable("move"));
   for (const uint16_t queue : {VirtioGpu::kControlQueue, VirtioGpu::kCursorQueue}) {
-    EXPECT_TRUE(device_->process_one(queue));
-    EXPECT_FALSE(device_->process_one(queue));
+    EXPECT_EQ(device_->process_one(queue), VirtioPciDevice::Processed::kOne);
+    EXPECT_EQ(device_->process_one(queue), VirtioPciDevice::Processed::kNothing);
   }
   EXPECT_EQ(gpu_->log, "control:show;cursor:move;");
   EXPECT_EQ(gpu_->driver_features, 2u);
@@ -127,7 +127,7 @@ TEST_F(VirtioGpuTest, HasWorkForEitherQueue) {
     EXPECT_FALSE(device_->has_work());
     driver_->notify(queue);
     EXPECT_TRUE(device_->has_work());
-    EXPECT_FALSE(device_->process_one(queue));
+    EXPECT_EQ(device_->process_one(queue), VirtioPciDevice::Processed::kNothing);
   }
 }
 
@@ -189,7 +189,7 @@ class RealGpuTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
     cache_ = std::make_unique<dma::DmaCache>(domain_.get(), mapper_.get());
     auto created = VirtioGpuPci::Create(
         [this](gpu::GpuDevice::Owner* owner) {
-          return gpu::GpuDevice::Create({}, cache_.get(), &display_, owner);
+          return gpu::GpuDevice::Create({}, cache_.get(), domain_.get(), &display_, owner);
         },
         domain_.get(), &container_, this);
     ASSERT_THAT(created, IsOk());
@@ -210,7 +210,7 @@ class RealGpuTest : public GuestMemoryTest, protected VirtioPciDevice::Owner {
     const auto chain = DescriptorChainBuilder(&memory_).readable(request).writable(space);
     control_.add_indirect(chain);
     driver_->notify(0);
-    EXPECT_TRUE(device_->process_one(VirtioGpu::kControlQueue));
+    EXPECT_EQ(device_->process_one(VirtioGpu::kControlQueue), VirtioPciDevice::Processed::kOne);
     const auto used = control_.take_used();
     if (!used || used->len < 24) return 0;
     return memory_.get<uint32_t>(chain.address(1));

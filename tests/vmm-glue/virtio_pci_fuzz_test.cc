@@ -55,7 +55,7 @@ class VirtioPciFuzzTest : public VirtioPciTest, public ::testing::WithParamInter
 TEST_P(VirtioPciFuzzTest, RandomAccessesNeverBreakTheDevice) {
   for (int i = 0; i < 20000; ++i) {
     RandomAccess();
-    if (OneIn(4)) device_->process_one(static_cast<uint16_t>(Below(3)));
+    if (OneIn(4)) ProcessOne(static_cast<uint16_t>(Below(3)));
     if (OneIn(200)) StartDriver(kAllFeatures);
     if (OneIn(500)) device_->reset();
   }
@@ -79,7 +79,7 @@ TEST_P(VirtioPciFuzzTest, RandomRingsEndInAnswersInNeedsResetOrInWaiting) {
     for (int i = 0; i < 8; ++i) {
       queue_.make_available(static_cast<uint16_t>(OneIn(20) ? Random() : Below(64)));
     }
-    while (device_->process_one(0)) ++answered;
+    while (ProcessOne(0)) ++answered;
     EXPECT_EQ(errors_.empty(), (driver_->status() & 0x40) == 0);
     refused += errors_.empty() && waiting_.empty() ? 0 : 1;
     if (errors_.empty() && waiting_.empty()) {

@@ -372,7 +372,7 @@ TEST_F(VirtioPciTest, ResetRestoresEverythingButMappingsAndInterrupts) {
   EXPECT_EQ(driver_->status(), 0);
   EXPECT_EQ(fake_.resets, 2) << "once by the driver before it started";
   EXPECT_FALSE(device_->has_work());
-  EXPECT_FALSE(device_->process_one(0));
+  EXPECT_FALSE(ProcessOne(0));
   EXPECT_TRUE(fake_.handled.empty());
   EXPECT_EQ(driver_->read_config<uint16_t>(0x04), 0);
   EXPECT_EQ(driver_->read_config<uint32_t>(0x20), 0xcu);

@@ -117,6 +117,7 @@ void Connection::TakeFds(msghdr& socket_message) {
 }
 
 Result<bool> Connection::send(const Header& header, std::span<const std::byte> payload) {
+  MutexLock lock(send_mutex_);
   const auto deadline = std::chrono::steady_clock::now() + send_timeout_;
   const auto header_bytes = std::as_bytes(std::span(&header, 1));
   const size_t size = header_bytes.size() + payload.size();

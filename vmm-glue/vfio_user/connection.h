@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "apionly-domain/base/error.h"
+#include "apionly-domain/base/mutex.h"
 #include "apionly-domain/base/unique_fd.h"
 #include "vmm-glue/vfio_user/message.h"
 
@@ -21,7 +22,8 @@ namespace mvgpu::glue::vfio_user {
 // purpose: descriptors belong to the first byte of a header, and a read across messages could not
 // tell whose they are. Sending waits a bounded time for a client that does not read.
 //
-// Used by one thread. Neither call raises SIGPIPE; the socket's own blocking mode is left as it is.
+// receive() is used by one thread, send() by several. Neither call raises SIGPIPE; the socket's own
+// blocking mode is left as it is.
 class Connection {
  public:
   enum class Received : uint8_t {
@@ -44,6 +46,9 @@ class Connection {
   // the timeout), kSystem.
   Result<bool> send(const Header& header, std::span<const std::byte> payload);
 
+  // Ends the connection for both sides; the thread that receives finds that the client has left.
+  void shut_down() { shutdown(fd(), SHUT_RDWR); }
+
  private:
   enum class Progress : uint8_t { kComplete, kBlocked, kEnd };
 
@@ -54,6 +59,7 @@ class Connection {
 
   const UniqueFd socket_;
   const std::chrono::milliseconds send_timeout_;
+  Mutex send_mutex_;  // innermost; held while one message is sent
 
   Message partial_;             // the message that is arriving
   size_t header_received_ = 0;  // bytes

@@ -191,6 +191,12 @@ struct RegionAccess {  // followed by `count` bytes of data in a write and in th
 };
 static_assert(sizeof(RegionAccess) == 16 && offsetof(RegionAccess, region) == 8);
 
+struct DmaAccess {  // followed by `count` bytes of data in a write and in the reply to a read
+  uint64_t iova;
+  uint64_t count;  // QEMU before 11 has 32 bits here
+};
+static_assert(sizeof(DmaAccess) == 16);
+
 struct RegionWriteMulti {  // followed by `count` SmallWrites; also the reply
   uint64_t count;
 };

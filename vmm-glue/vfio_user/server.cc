@@ -96,6 +96,7 @@ Result<std::unique_ptr<Server>> Server::Create(UniqueFd socket, VfioDevice* devi
 }
 
 Server::~Server() {
+  if (dma_requests_ != nullptr) dma_requests_->close();
   // Reset before unmap: what the device holds in guest memory goes first.
   for (uint32_t irq = 0; irq < kIrqCount; ++irq) device_.disable_irqs(irq);
   device_.reset();
@@ -116,7 +117,17 @@ Result<bool> Server::service() {
   return true;
 }
 
+bool Server::TakeAnswer() {
+  return dma_requests_ != nullptr && message_.defect == Message::Defect::kNone &&
+         (message_.header.flags & kHeaderTypeMask) == kHeaderTypeReply &&
+         dma_requests_->take_answer(message_);
+}
+
 Result<bool> Server::Answer() {
+  if (TakeAnswer()) {
+    message_.clear();
+    return true;
+  }
   reply_.clear();
   const Result<void> result = Handle();
   const bool is_over =
@@ -171,7 +182,17 @@ Result<void> Server::Negotiate() {
   MVGPU_ASSIGN_OR_RETURN(const ClientVersion client, ParseClientVersion(message_.payload));
   AppendServerVersion(client, reply_);
   is_negotiated_ = true;
+  if (dma_requests_ != nullptr) dma_requests_->open(this, client.max_data_xfer_size);
   return {};
+}
+
+// A command that was cut off leaves the stream out of step, so that the connection ends here.
+Result<void> Server::send_command(const Header& header, std::span<const std::byte> payload) {
+  auto sent = connection_.send(header, payload);
+  if (sent && *sent) return {};
+  connection_.shut_down();
+  if (!sent) return tl::unexpected<Error>(std::move(sent).error());
+  return Fail(ErrorCode::kProtocol, "the vfio-user client has gone");
 }
 
 Result<bool> Server::Reply(const Result<void>& result) {

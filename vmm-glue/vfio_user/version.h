@@ -26,7 +26,7 @@ Result<ClientVersion> ParseClientVersion(std::span<const std::byte> payload);
 
 // The payload of the reply. QEMU reads a reply into the buffer of its request, so that this one
 // stays within 214 bytes, header included. write_multiple is named only to a client that knows it;
-// twin_socket never, since we send no commands of our own.
+// twin_socket never: of the clients that map memory without a descriptor, none knows it.
 void AppendServerVersion(const ClientVersion& client, Payload& reply);
 
 }  // namespace mvgpu::glue::vfio_user

@@ -58,6 +58,19 @@ Result<void> SplitQueue::Write(Iova iova, const T& value) {
 }
 
 Result<bool> SplitQueue::pop(QueueRequest* request) {
+  seen_before_pop_ = seen_available_;
+  auto popped = TryPop(request);
+  // The index is read again with the rest: what a request is made of is read in one go.
+  if (!popped && popped.error().code() == ErrorCode::kPending) seen_available_ = seen_before_pop_;
+  return popped;
+}
+
+void SplitQueue::unpop() {
+  --next_available_;
+  seen_available_ = seen_before_pop_;
+}
+
+Result<bool> SplitQueue::TryPop(QueueRequest* request) {
   MVGPU_ASSIGN_OR_RETURN(const bool available, LookForAvailable());
   if (!available) return false;
   const uint16_t slot = next_available_ & static_cast<uint16_t>(options_.size - 1);
@@ -203,19 +216,24 @@ Result<void> SplitQueue::CopyReadable(QueueRequest* request) const {
   if (request->data_.size() < request->readable_size_)
     request->data_.resize(request->readable_size_);
   std::span<std::byte> rest(request->data_);
+  Result<void> outcome;
   for (const IovaRange& segment : request->readable_segments_) {
-    MVGPU_RETURN_IF_ERROR(domain_->read(segment.start(), rest.first(segment.size())));
+    auto read = domain_->read(segment.start(), rest.first(segment.size()));
+    if (!read) {
+      if (read.error().code() != ErrorCode::kPending) return read;
+      outcome = std::move(read);  // goes on, so that all segments are asked for at once
+    }
     rest = rest.subspan(segment.size());
   }
-  return {};
+  return outcome;
 }
 
 Result<void> SplitQueue::CheckRoomForResponse(const QueueRequest& request) const {
   for (const IovaRange& segment : request.writable_segments_) {
-    MVGPU_RETURN_IF_ERROR(domain_->check(segment, domain::Access::kWrite));
+    MVGPU_RETURN_IF_ERROR(domain_->check_copy(segment, domain::Access::kWrite));
   }
   const auto used = IovaRange::FromStartAndSize(options_.used, ring::UsedEntry(options_.size));
-  return domain_->check(*used, domain::Access::kWrite);  // in range: checked by Create()
+  return domain_->check_copy(*used, domain::Access::kWrite);  // in range: checked by Create()
 }
 
 Result<void> SplitQueue::respond(const QueueRequest& request, std::span<const std::byte> response) {
@@ -242,18 +260,17 @@ Result<bool> SplitQueue::push(const QueueRequest& request, uint32_t written) {
 }
 
 // 2.7.7.2. Every push asks, so with VIRTIO_F_EVENT_IDX the entry just used is the only one that can
-// match.
+// match. What has been pushed cannot be undone, so a word that is not at hand counts as a yes.
 Result<bool> SplitQueue::DriverWantsInterrupt() const {
   std::atomic_thread_fence(
       std::memory_order_seq_cst);  // used.idx is out before the driver's wish is read
-  if (options_.event_idx) {
-    MVGPU_ASSIGN_OR_RETURN(const uint16_t used_event,
-                           Read<uint16_t>(options_.available + ring::UsedEvent(options_.size)));
-    return used_event == static_cast<uint16_t>(used_ - 1);
-  }
-  MVGPU_ASSIGN_OR_RETURN(const uint16_t flags,
-                         Read<uint16_t>(options_.available + ring::kAvailableFlags));
-  return (flags & ring::kAvailableNoInterrupt) == 0;
+  const auto word =
+      Read<uint16_t>(options_.available +
+                     (options_.event_idx ? ring::UsedEvent(options_.size) : ring::kAvailableFlags));
+  if (!word && word.error().code() == ErrorCode::kPending) return true;
+  if (!word) return tl::unexpected<Error>(word.error());
+  if (options_.event_idx) return *word == static_cast<uint16_t>(used_ - 1);
+  return (*word & ring::kAvailableNoInterrupt) == 0;
 }
 
 }  // namespace mvgpu::glue

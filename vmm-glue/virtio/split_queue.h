@@ -14,7 +14,9 @@
 // announces is remembered.
 //
 // An error means that the guest broke the rules, or that its memory is not there. The queue is of
-// no use then until the driver has reset the device.
+// no use then until the driver has reset the device. kPending is none of these: memory without a
+// file is on its way, and the same pop() is to come again; until it succeeds the queue stands as
+// before.
 //
 // Not thread-safe.
 
@@ -75,11 +77,14 @@ class SplitQueue {
   // False: there is nothing. The driver will then notify when it adds something. On an error
   // nothing was taken: the same request comes again. kNotMapped or kBusy: the VMM has taken memory
   // of the rings or of the request away, maybe to map it again at once. A request whose response
-  // could not be written is not taken either.
+  // could not be written is not taken either. kPending: see above.
   Result<bool> pop(QueueRequest* request);
+  // Undoes the last pop(): the request comes again. REQUIRES: it was not pushed.
+  void unpop();
   // REQUIRES: response.size() <= request.writable_size().
   Result<void> respond(const QueueRequest& request, std::span<const std::byte> response);
-  // Returns whether the driver must be interrupted. `written`: bytes of the response.
+  // Returns whether the driver must be interrupted; always, where asking it would need a round trip
+  // to the VMM, which costs more than the interrupt. `written`: bytes of the response.
   Result<bool> push(const QueueRequest& request, uint32_t written);
 
  private:
@@ -90,6 +95,7 @@ class SplitQueue {
   template <typename T>
   Result<void> Write(Iova iova, const T& value);
 
+  Result<bool> TryPop(QueueRequest* request);
   Result<bool> LookForAvailable();
   Result<void> WalkChain(QueueRequest* request);
   Result<void> WalkIndirectTable(const ring::Descriptor& table, QueueRequest* request);
@@ -102,6 +108,7 @@ class SplitQueue {
   const Options options_;
   uint16_t next_available_ = 0;              // free-running, like the ring's indices
   uint16_t seen_available_ = 0;              // avail.idx when it was read last
+  uint16_t seen_before_pop_ = 0;             // seen_available_ when the last pop() began
   uint16_t used_ = 0;                        // used.idx
   std::optional<uint16_t> available_event_;  // as written last
   std::vector<ring::Descriptor> indirect_;   // copy of the table under way

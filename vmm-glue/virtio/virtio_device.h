@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <span>
 
+#include "apionly-domain/base/error.h"
+
 namespace mvgpu::glue {
 
 // A virtio device behind a transport: its identity, features, configuration space and what it does
@@ -24,9 +26,10 @@ class VirtioDevice {
   virtual void write_config(uint32_t offset, std::span<const std::byte> data) = 0;
 
   // Handles one request, copied out of guest memory. `response` is as long as the guest's writable
-  // part (at most the transport's limit). Returns the number of response bytes written.
-  virtual uint32_t handle(uint16_t queue, std::span<const std::byte> request,
-                          std::span<std::byte> response) = 0;
+  // part (at most the transport's limit). Returns the number of response bytes written. Errors:
+  // kPending, when guest memory is not at hand: nothing was done, and the same request comes again.
+  virtual Result<uint32_t> handle(uint16_t queue, std::span<const std::byte> request,
+                                  std::span<std::byte> response) = 0;
   // Device status 0, or a PCI reset: everything the driver set up has gone.
   virtual void reset() = 0;
 };

@@ -31,8 +31,8 @@ void VirtioGpu::write_config(uint32_t offset, std::span<const std::byte> data) {
   gpu_->write_config(offset, data);
 }
 
-uint32_t VirtioGpu::handle(uint16_t queue, std::span<const std::byte> request,
-                           std::span<std::byte> response) {
+Result<uint32_t> VirtioGpu::handle(uint16_t queue, std::span<const std::byte> request,
+                                   std::span<std::byte> response) {
   if (queue == kControlQueue) return gpu_->execute_control(request, response);
   MVGPU_CHECK(queue == kCursorQueue);
   gpu_->execute_cursor(request);

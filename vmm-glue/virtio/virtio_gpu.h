@@ -43,8 +43,8 @@ class VirtioGpu final : public VirtioDevice, private gpu::GpuDevice::Owner {
   uint32_t config_size() const override { return 16; }
   void read_config(uint32_t offset, std::span<std::byte> data) const override;
   void write_config(uint32_t offset, std::span<const std::byte> data) override;
-  uint32_t handle(uint16_t queue, std::span<const std::byte> request,
-                  std::span<std::byte> response) override;
+  Result<uint32_t> handle(uint16_t queue, std::span<const std::byte> request,
+                          std::span<std::byte> response) override;
   void reset() override { gpu_->reset(); }
 
  private:

@@ -31,8 +31,13 @@ class VirtioGpuPci final : private VirtioGpu::Owner {
   VfioDevice& vfio_device() { return *transport_; }
   gpu::GpuDevice& gpu() { return adapter_->gpu(); }
 
-  // One request of VirtioGpu::kControlQueue or kCursorQueue. False: there was none.
-  bool process_one(uint16_t queue) { return transport_->process_one(queue); }
+  // These for VirtioGpu::kControlQueue and kCursorQueue; see VirtioPciDevice.
+  VirtioPciDevice::Processed process_one(uint16_t queue) { return transport_->process_one(queue); }
+  void deliver_interrupts() { transport_->deliver_interrupts(); }
+  void wait_for_memory(uint16_t queue, const Error& why) {
+    transport_->wait_for_memory(queue, why);
+  }
+  void stop_queue(uint16_t queue, const Error& why) { transport_->stop_queue(queue, why); }
   bool has_work() const { return transport_->has_work(); }
 
  private:

@@ -101,6 +101,7 @@ void VirtioPciDevice::on_driver_reset() {
   isr_ = 0;
   msix_.clear_pending();
   device_->reset();
+  owner_->on_driver_reset();
 }
 
 void VirtioPciDevice::reset() {
@@ -135,17 +136,19 @@ bool VirtioPciDevice::has_work() const {
   return false;
 }
 
-bool VirtioPciDevice::process_one(uint16_t queue) {
-  if (!is_running(queue)) return false;
+VirtioPciDevice::Processed VirtioPciDevice::process_one(uint16_t queue) {
+  if (!is_running(queue)) return Processed::kNothing;
   const auto processed = TryProcessOne(queue);
   if (!processed) {
     const ErrorCode code = processed.error().code();
+    if (code == ErrorCode::kPending) return Processed::kPending;
     const bool may_come_back = code == ErrorCode::kNotMapped || code == ErrorCode::kBusy;
-    may_come_back ? WaitForMemory(queue, processed.error()) : StopQueue(queue, processed.error());
-    return false;
+    may_come_back ? wait_for_memory(queue, processed.error())
+                  : stop_queue(queue, processed.error());
+    return Processed::kNothing;
   }
   if (!*processed) queues_[queue].notified = false;
-  return *processed;
+  return *processed ? Processed::kOne : Processed::kNothing;
 }
 
 Result<bool> VirtioPciDevice::TryProcessOne(uint16_t queue) {
@@ -156,17 +159,27 @@ Result<bool> VirtioPciDevice::TryProcessOne(uint16_t queue) {
 
   if (response_.size() < request_.writable_size()) response_.resize(request_.writable_size());
   const std::span<std::byte> response = std::span(response_).first(request_.writable_size());
-  const uint32_t written = device_->handle(queue, request_.readable(), response);
-  MVGPU_CHECK(written <= response.size());
+  const auto written = device_->handle(queue, request_.readable(), response);
+  if (!written) {
+    rings.unpop();
+    return tl::unexpected<Error>(written.error());
+  }
+  MVGPU_CHECK(*written <= response.size());
 
-  MVGPU_RETURN_IF_ERROR(rings.respond(request_, response.first(written)));
-  MVGPU_ASSIGN_OR_RETURN(const bool interrupt, rings.push(request_, written));
+  MVGPU_RETURN_IF_ERROR(rings.respond(request_, response.first(*written)));
+  MVGPU_ASSIGN_OR_RETURN(const bool interrupt, rings.push(request_, *written));
   if (interrupt) {
     isr_ |=
         kIsrQueue;  // also with MSI-X: 4.1.4.5 lets a driver look, and QEMU's device says it, too
-    msix_.notify(common_.queues()[queue].vector);
+    queues_[queue].interrupt_due = true;
   }
   return true;
+}
+
+void VirtioPciDevice::deliver_interrupts() {
+  for (uint16_t i = 0; i < queues_.size(); ++i) {
+    if (std::exchange(queues_[i].interrupt_due, false)) msix_.notify(common_.queues()[i].vector);
+  }
 }
 
 Result<void> VirtioPciDevice::StartRings(uint16_t queue) {
@@ -183,13 +196,13 @@ Result<void> VirtioPciDevice::StartRings(uint16_t queue) {
   return {};
 }
 
-void VirtioPciDevice::WaitForMemory(uint16_t queue, const Error& error) {
+void VirtioPciDevice::wait_for_memory(uint16_t queue, const Error& error) {
   if (!queues_[queue].waits_for_memory) owner_->on_queue_waiting(queue, error);
   queues_[queue].waits_for_memory = true;
   queues_[queue].notified = true;
 }
 
-void VirtioPciDevice::StopQueue(uint16_t queue, const Error& error) {
+void VirtioPciDevice::stop_queue(uint16_t queue, const Error& error) {
   queues_[queue].stopped = true;
   common_.set_needs_reset();
   RaiseConfigInterrupt();  // 2.1.2

@@ -5,8 +5,8 @@
 // VirtioDevice's business.
 //
 //   driver writes the notify structure -> Owner::on_notify() -> the device's thread calls
-//   process_one() until it returns false: pop a chain, VirtioDevice::handle(), respond, push,
-//   interrupt.
+//   process_one() until there is nothing: pop a chain, VirtioDevice::handle(), respond, push; and
+//   deliver_interrupts() when what was written is in guest memory.
 //
 // A register access never touches guest memory and never waits: a VMM stops the whole VM until it
 // is answered. Guest memory is touched in process_one() only.
@@ -60,6 +60,8 @@ class VirtioPciDevice final : public VfioDevice, private CommonConfig::Owner {
     virtual void on_queue_error(uint16_t queue, const Error& error) = 0;
     // A queue waits until the VMM maps memory (again) that its next request needs.
     virtual void on_queue_waiting(uint16_t queue, const Error& error) = 0;
+    // The driver, or the VMM, reset the device: what is still to be written for it is void.
+    virtual void on_driver_reset() {}
   };
   struct Options {
     uint32_t class_code = 0;  // PCI, 24 bits
@@ -72,8 +74,19 @@ class VirtioPciDevice final : public VfioDevice, private CommonConfig::Owner {
                                                          domain::Container* container,
                                                          Owner* owner);
 
-  // Handles one request. False: there was none, or the queue is not running.
-  bool process_one(uint16_t queue);
+  enum class Processed : uint8_t {
+    kNothing,  // there was no request, or the queue is not running
+    kOne,
+    kPending,  // guest memory is not at hand (RemoteMemory): nothing was done, to be called again
+  };
+  // Handles one request. The driver is not interrupted yet.
+  Processed process_one(uint16_t queue);
+  // Interrupts the driver for the requests that were handled since the last call.
+  void deliver_interrupts();
+  // For an owner that brings the answers to the guest later: the queue waits for the next
+  // dma_map(), or stands still until a reset, because one could not be written.
+  void wait_for_memory(uint16_t queue, const Error& why);
+  void stop_queue(uint16_t queue, const Error& why);
   // Whether a running queue was notified since process_one() last found it empty. Reads no guest
   // memory.
   bool has_work() const;
@@ -103,6 +116,7 @@ class VirtioPciDevice final : public VfioDevice, private CommonConfig::Owner {
     bool notified = false;
     bool stopped = false;
     bool waits_for_memory = false;  // until the next dma_map()
+    bool interrupt_due = false;
   };
 
   VirtioPciDevice(VirtioDevice* device, domain::ApiOnlyDomain* domain, domain::Container* container,
@@ -115,8 +129,6 @@ class VirtioPciDevice final : public VfioDevice, private CommonConfig::Owner {
   bool is_running(uint16_t queue) const;
   Result<bool> TryProcessOne(uint16_t queue);
   Result<void> StartRings(uint16_t queue);
-  void StopQueue(uint16_t queue, const Error& error);
-  void WaitForMemory(uint16_t queue, const Error& error);
   void RaiseConfigInterrupt();
 
   // The structures in BAR 4; `offset` counts from the structure's page.
