@@ -185,6 +185,11 @@ class ApiOnlyDomain final : public Domain {
   std::vector<Holder> holders(IovaRange range) const;
 
   Counters counters() const;
+  // For the reader of the accounts: what the cache of device addresses in front of this domain says
+  // of itself. Only a domain with a ledger keeps it.
+  void show_cache(const CacheFigures& figures) const {
+    if (ledger_row_ != nullptr) ledger_row_->set_cache(figures);
+  }
 
   std::string_view name() const override { return options_.name; }
   Result<void> on_map(const Mapping& mapping) override;

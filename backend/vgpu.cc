@@ -111,9 +111,9 @@ Result<std::unique_ptr<Vgpu>> Vgpu::Create(VgpuConfig config, Parts parts,
 Vgpu::Vgpu(VgpuConfig config, Parts parts, SessionObserver* observer, Owner* owner)
     : config_(std::move(config)),
       owner_(owner),
-      container_(std::move(parts.container)),
       remote_(parts.remote),
       observer_(observer == nullptr ? nullptr : std::make_unique<StepObserver>(observer)),
+      container_(std::move(parts.container)),
       pin_backend_(std::move(parts.pin_backend)),
       mapper_(std::move(parts.mapper)),
       frame_reporter_(observer_.get()),
@@ -177,7 +177,20 @@ bool Vgpu::Advance(Step& step) {
     return false;
   }
   device_->deliver_interrupts();
+  ShowCache();
   return true;
+}
+
+void Vgpu::ShowCache() {
+  if (ledger_ == nullptr) return;
+  const dma::DmaCache::Counters now = cache_->counters();
+  domain_->show_cache({.cached_pages = now.cached_pages,
+                       .idle_pages = now.idle_pages,
+                       .hit_pages = now.hit_pages,
+                       .miss_pages = now.miss_pages,
+                       .unmapped_pages = now.unmapped_pages,
+                       .revoked_pages = now.revoked_pages,
+                       .evicted_pages = now.evicted_pages});
 }
 
 bool Vgpu::Try(Step& step) {
@@ -306,6 +319,7 @@ void Vgpu::reset() {
   MutexLock lock(mutex_);
   if (observer_ != nullptr) observer_->on_reset();
   device_->vfio_device().reset();
+  ShowCache();
 }
 
 Result<void> Vgpu::dma_map(domain::Container::MapRequest request) {
@@ -326,6 +340,7 @@ Result<uint64_t> Vgpu::dma_unmap(Iova start, uint64_t size) {
   MutexLock lock(mutex_);
   step_memory_.forget_reads();
   MVGPU_ASSIGN_OR_RETURN(const uint64_t bytes, device_->vfio_device().dma_unmap(start, size));
+  ShowCache();
   if (observer_ != nullptr) observer_->on_unmap(start, size);
   return bytes;
 }
@@ -334,6 +349,7 @@ Result<uint64_t> Vgpu::dma_unmap_all() {
   MutexLock lock(mutex_);
   step_memory_.forget_reads();
   MVGPU_ASSIGN_OR_RETURN(const uint64_t bytes, device_->vfio_device().dma_unmap_all());
+  ShowCache();
   if (observer_ != nullptr) observer_->on_unmap_all();
   return bytes;
 }

@@ -139,6 +139,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   // Whether the next write may go out. If not, the queue it belongs to is stopped, or it and
   // `queue` wait.
   bool MayWrite(uint16_t queue) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // For the reader of the accounts, after whatever may have changed what is cached.
+  void ShowCache() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Take(Step& step) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   void on_driver_reset() override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {

@@ -15,6 +15,12 @@ namespace {
 
 constexpr uint64_t Bit(size_t i) { return uint64_t{1} << i; }
 
+uint64_t* NearWord(const domain::PageCounters& counters, uint64_t page) {
+  return page < domain::PageCounters::kNearPages
+             ? domain::PageCounters::Near(counters).word_of(page)
+             : nullptr;
+}
+
 }  // namespace
 
 DmaUser::~DmaUser() { cache_.CloseUser(this); }
@@ -136,7 +142,7 @@ bool DmaUser::MapHits(const Batch& batch, std::optional<uint64_t>* epoch, uint64
   domain::PinCounts& counts = CountsLocked(IsForWrite(batch.direction));
   for (size_t i = 0; i < pages.size(); ++i) {
     granules[i] = table_.granule_near(pages[i].page());
-    words[i] = counts.dense().find_near(pages[i].page());
+    words[i] = NearWord(counts.dense(), pages[i].page());
     __builtin_prefetch(words[i], /*rw=*/1);
   }
   uint64_t missed = 0;
@@ -145,7 +151,7 @@ bool DmaUser::MapHits(const Batch& batch, std::optional<uint64_t>* epoch, uint64
     const Table::Found found = Table::find_in(granules[i], page);
     batch.addresses[i] = DmaAddr(BytesIn(found.target()) | pages[i].offset_in_page());
     const bool counted = IsUsable(found.flags(), wanted) && words[i] != nullptr &&
-                         (domain::PageCounters::TryAddOne(words[i], page) ||
+                         (domain::PageCounters::Near::TryAddOne(words[i], page) ||
                           counts.try_add({page, 1}, Form::kDense));
     if (!counted) [[unlikely]] {
       missed |= Bit(i);
@@ -191,13 +197,13 @@ uint64_t DmaUser::UnmapHits(std::span<const Iova> pages, bool for_write, uint64_
     return pages.size() == kBatch ? ~uint64_t{0} : Bit(pages.size()) - 1;
   }
   for (size_t i = 0; i < pages.size(); ++i) {
-    words[i] = counts.dense().find_near(pages[i].page());
+    words[i] = NearWord(counts.dense(), pages[i].page());
     __builtin_prefetch(words[i], /*rw=*/1);
   }
   for (size_t i = 0; i < pages.size(); ++i) {
     const uint64_t page = pages[i].page();
     const bool counted =
-        words[i] != nullptr && (domain::PageCounters::TryRemoveOne(words[i], page) ||
+        words[i] != nullptr && (domain::PageCounters::Near::TryRemoveOne(words[i], page) ||
                                 (domain::PageCounters::IsHeld(words[i], page) &&
                                  counts.try_remove({page, 1}, Form::kDense)));
     if (!counted) [[unlikely]] {

@@ -136,6 +136,15 @@ class SharedLedgerRow final : public LedgerRow {
     if (!store_->owns(id_)) return;
     ledger_format::StoreWord(store_->row(id_.index).granule_pages, pages);
   }
+  void set_cache(const CacheFigures& figures) override {
+    Set(&ledger_format::RowRecord::cached_pages, figures.cached_pages);
+    Set(&ledger_format::RowRecord::idle_pages, figures.idle_pages);
+    Set(&ledger_format::RowRecord::cache_hit_pages, figures.hit_pages);
+    Set(&ledger_format::RowRecord::cache_miss_pages, figures.miss_pages);
+    Set(&ledger_format::RowRecord::cache_unmapped_pages, figures.unmapped_pages);
+    Set(&ledger_format::RowRecord::cache_revoked_pages, figures.revoked_pages);
+    Set(&ledger_format::RowRecord::cache_evicted_pages, figures.evicted_pages);
+  }
 
   Counts counts() const override {
     if (!store_->owns(id_)) return {};

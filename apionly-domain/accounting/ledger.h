@@ -12,6 +12,19 @@ namespace mvgpu::domain {
 
 enum class DomainKind : uint32_t { kApiOnly = 1, kAssignedDevice = 2, kNested = 3 };
 
+// What a cache of device addresses in front of a domain has, and did since it was made; in pages.
+struct CacheFigures {
+  uint64_t cached_pages = 0;
+  uint64_t idle_pages = 0;  // of these, used by nobody
+  uint64_t hit_pages = 0;
+  uint64_t miss_pages = 0;
+  uint64_t unmapped_pages = 0;
+  uint64_t revoked_pages = 0;  // of these, taken away by the VMM, or moved
+  uint64_t evicted_pages = 0;  // and those that went for others
+
+  bool operator==(const CacheFigures&) const = default;
+};
+
 // One domain's row in the ledger of its VM (ledger_format.h). The row says which backing pages the
 // domain holds and which of those it pays for. Over all rows of the VM every held page is paid for
 // exactly once.
@@ -46,6 +59,7 @@ class LedgerRow {
   virtual void set_locked_areas(uint64_t areas, uint64_t budget) = 0;
   // The largest granule in which the pin back end locks. 1 at first.
   virtual void set_granule_pages(uint32_t pages) = 0;
+  virtual void set_cache(const CacheFigures& figures) = 0;
 
   struct Counts {
     uint64_t unique_pages = 0;   // held by this row, by backing page

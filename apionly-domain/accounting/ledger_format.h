@@ -125,9 +125,11 @@ struct RowRecord {
   alignas(64) uint64_t mapped_pages;
   uint64_t pinned_pages;
   uint64_t locked_pages;
-  uint64_t locked_areas;  // separate stretches that they are in
-  uint64_t area_budget;   // how many of those the pin back end allows itself; 0: no limit
-  uint8_t reserved2[24];
+  uint64_t locked_areas;     // separate stretches that they are in
+  uint64_t area_budget;      // how many of those the pin back end allows itself; 0: no limit
+  uint64_t cached_pages;     // of the cache of device addresses in front of it: mapped now,
+  uint64_t idle_pages;       // of these, used by nobody;
+  uint64_t cache_hit_pages;  // asked for and there, since the row joined
 
   // Changes of bits. Written by the owner alone, but for the token.
   alignas(64) uint64_t changes;  // 2 for each hold and release; odd while one is under way
@@ -136,7 +138,11 @@ struct RowRecord {
   // Differs for every join: a row that was dropped is not its former owner's. 0 first of all when
   // a row is dropped.
   uint64_t token;
-  uint8_t reserved3[32];
+  // Figures again, of the cache, since the row joined:
+  uint64_t cache_miss_pages;      // pinned and mapped
+  uint64_t cache_unmapped_pages;  // for whatever reason
+  uint64_t cache_revoked_pages;   // of these, because the VMM took them away or they moved
+  uint64_t cache_evicted_pages;   // because others needed the room
 };
 
 enum FileState : uint32_t { kFileFree = 0, kFileUsed = 1 };

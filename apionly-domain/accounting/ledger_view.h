@@ -38,6 +38,7 @@ struct LedgerSnapshot {
     uint64_t locked_pages = 0;
     uint64_t locked_areas = 0;
     uint64_t area_budget = 0;
+    CacheFigures cache;
     // What the bits say.
     uint64_t unique_pages = 0;
     uint64_t charged_pages = 0;

@@ -108,29 +108,6 @@ void PageCounters::AddInChunk(Chunk* chunk, PageRun run) {
   }
 }
 
-bool PageCounters::AddWord(Chunk* chunk, PageRun run) {
-  uint64_t& word = chunk->words[(run.first & kChunkMask) / kPagesPerWord];
-  const uint64_t in_word = run.first % kPagesPerWord;
-  const uint64_t mask = MaskOf(in_word, in_word + run.count);
-  if ((word & mask) != 0) return false;
-  word |= kOnes & mask;
-  chunk->held += run.count;
-  held_pages_ += run.count;
-  return true;
-}
-
-bool PageCounters::RemoveWord(Chunk* chunk, PageRun run) {
-  MVGPU_CHECK(chunk->words != nullptr);
-  uint64_t& word = chunk->words[(run.first & kChunkMask) / kPagesPerWord];
-  const uint64_t in_word = run.first % kPagesPerWord;
-  const uint64_t mask = MaskOf(in_word, in_word + run.count);
-  if ((word & mask) != (kOnes & mask)) return false;
-  word &= ~mask;
-  chunk->held -= run.count;
-  held_pages_ -= run.count;
-  return true;
-}
-
 void PageCounters::AddOne(Chunk* chunk, uint64_t page) {
   uint64_t& word = chunk->words[(page & kChunkMask) / kPagesPerWord];
   const uint64_t count = word >> ShiftOf(page) & kMore;

@@ -112,6 +112,42 @@ void RenderDomains(Exposition& out, const AuditReport& report) {
   });
 }
 
+void RenderCaches(Exposition& out, const AuditReport& report) {
+  using Cache = domain::CacheFigures;
+  struct Figure {
+    std::string_view name;
+    std::string_view help;
+    uint64_t Cache::*pages;
+  };
+  static constexpr std::array kNow = {
+      Figure{"mvgpu_dma_cache_bytes", "Mapped for the device, in use or idle.",
+             &Cache::cached_pages},
+      Figure{"mvgpu_dma_cache_idle_bytes", "Of these, used by nobody.", &Cache::idle_pages},
+  };
+  for (const Figure& figure : kNow) {
+    out.begin({figure.name, "gauge", "bytes", figure.help});
+    ForEachRow(report, [&](const auto& vm, const auto& row) {
+      out.sample_pages(LabelsOf(vm, row), row.cache.*figure.pages);
+    });
+  }
+  static constexpr std::array kEver = {
+      Figure{"mvgpu_dma_cache_hit_pages", "Asked for and there.", &Cache::hit_pages},
+      Figure{"mvgpu_dma_cache_miss_pages", "Pinned and mapped.", &Cache::miss_pages},
+      Figure{"mvgpu_dma_cache_unmapped_pages", "Unmapped, for whatever reason.",
+             &Cache::unmapped_pages},
+      Figure{"mvgpu_dma_cache_revoked_pages", "Taken away by the VMM, or moved.",
+             &Cache::revoked_pages},
+      Figure{"mvgpu_dma_cache_evicted_pages", "Idle pages that went for others.",
+             &Cache::evicted_pages},
+  };
+  for (const Figure& figure : kEver) {
+    out.begin({figure.name, "counter", "pages", figure.help});
+    ForEachRow(report, [&](const auto& vm, const auto& row) {
+      out.sample(LabelsOf(vm, row), row.cache.*figure.pages);
+    });
+  }
+}
+
 void RenderDomainFigures(Exposition& out, const AuditReport& report) {
   using Row = LedgerSnapshot::Row;
   struct Figure {
@@ -136,6 +172,7 @@ void RenderDomainFigures(Exposition& out, const AuditReport& report) {
       out.sample_pages(LabelsOf(vm, row), row.*figure.pages);
     });
   }
+  RenderCaches(out, report);
   out.begin({"mvgpu_domain_locked_areas", "gauge", "", "Separate locked stretches of memory."});
   ForEachRow(report, [&out](const auto& vm, const auto& row) {
     out.sample(LabelsOf(vm, row), row.locked_areas);

@@ -115,6 +115,18 @@ std::string_view KernelFigureOf(std::string_view pin_backend) {
   return "";
 }
 
+// Two lines, so that large counts fit into 100 columns.
+void RenderCache(Out out, const LedgerSnapshot::Row& row) {
+  const domain::CacheFigures& cache = row.cache;
+  if (cache == domain::CacheFigures{}) return;
+  const std::string name = Shortened(row.name, 15);
+  fmt::format_to(out, "  {}: dma cache: {} pages, {} of them idle; {} hits, {} misses\n", name,
+                 cache.cached_pages, cache.idle_pages, cache.hit_pages, cache.miss_pages);
+  if (cache.unmapped_pages == 0) return;
+  fmt::format_to(out, "  {}: dma cache: {} unmapped, {} of them revoked, {} evicted\n", name,
+                 cache.unmapped_pages, cache.revoked_pages, cache.evicted_pages);
+}
+
 // Processes, not rows: the kernel does not know of domains.
 void RenderKernel(Out out, const AuditReport::Vm& vm) {
   std::set<uint32_t> seen;
@@ -136,6 +148,7 @@ void RenderKernel(Out out, const AuditReport::Vm& vm) {
       fmt::format_to(out, ", {} of {} memory areas", row.locked_areas, row.area_budget);
     }
     fmt::format_to(out, "\n");
+    RenderCache(out, row);
   }
 }
 
@@ -178,6 +191,13 @@ Result<AuditReport::Vm> ReadVm(const domain::RuntimeDir& dir, const std::string&
   return vm;
 }
 
+nlohmann::json CacheJson(const domain::CacheFigures& cache) {
+  return {{"cached_pages", cache.cached_pages},     {"idle_pages", cache.idle_pages},
+          {"hit_pages", cache.hit_pages},           {"miss_pages", cache.miss_pages},
+          {"unmapped_pages", cache.unmapped_pages}, {"revoked_pages", cache.revoked_pages},
+          {"evicted_pages", cache.evicted_pages}};
+}
+
 nlohmann::json DomainJson(const LedgerSnapshot::Row& row,
                           const std::optional<KernelCounters>& kernel) {
   nlohmann::json json = {{"row", row.index},
@@ -194,6 +214,7 @@ nlohmann::json DomainJson(const LedgerSnapshot::Row& row,
                          {"locked_pages", row.locked_pages},
                          {"locked_areas", row.locked_areas},
                          {"area_budget", row.area_budget},
+                         {"dma_cache", CacheJson(row.cache)},
                          {"percent_of_mapped", nullptr},
                          {"kernel", nullptr}};
   if (const auto percent = PercentOfMapped(row)) json["percent_of_mapped"] = *percent;

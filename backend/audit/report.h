@@ -55,6 +55,8 @@ std::string RenderText(const AuditReport& report, const AuditReport* before = nu
 //            "mapped_pages": n, "pinned_pages": n, "unique_pages": n, "charged_pages": n,
 //            "locked_pages": n, "locked_areas": n, "area_budget": n (0: no limit),
 //            "percent_of_mapped": n or null,
+//            "dma_cache": {"cached_pages": n, "idle_pages": n, "hit_pages": n, "miss_pages": n,
+//                          "unmapped_pages": n, "revoked_pages": n, "evicted_pages": n},
 //            "kernel": {"vm_lck_kb": n, "vm_pin_kb": n} or null}
 //   FILE    {"device": n, "inode": n, "pages": n, "unique_pages": n}
 //   ERROR   {"vm": uuid, "error": {"code": str, "message": str}}

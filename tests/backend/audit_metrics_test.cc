@@ -58,6 +58,7 @@ TEST_F(AuditMetricsTest, FiguresAreTheLedgersInBytes) {
   vgpu->set_pinned_pages(123);
   vgpu->set_locked_pages(112);
   vgpu->set_locked_areas(37, 16382);
+  vgpu->set_cache({1760, 8, 70, 2000, 240, 232, 1});
   ASSERT_THAT(vgpu->hold(kRam, 50000, {0, 100}), IsOk());
   ASSERT_THAT((*nic)->hold(kRam, 50000, {50, 1000}), IsOk());
   const Families families = Metrics();
@@ -70,6 +71,13 @@ TEST_F(AuditMetricsTest, FiguresAreTheLedgersInBytes) {
   EXPECT_EQ(Value(families, "mvgpu_domain_locked_bytes", of_vgpu), 112 * 4096.);
   EXPECT_EQ(Value(families, "mvgpu_domain_locked_areas", of_vgpu), 37);
   EXPECT_EQ(Value(families, "mvgpu_domain_area_budget", of_vgpu), 16382);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_bytes", of_vgpu), 1760 * 4096.);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_idle_bytes", of_vgpu), 8 * 4096.);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_hit_pages", of_vgpu), 70);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_miss_pages", of_vgpu), 2000);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_unmapped_pages", of_vgpu), 240);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_revoked_pages", of_vgpu), 232);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_evicted_pages", of_vgpu), 1);
   EXPECT_EQ(
       Value(families, "mvgpu_domain_charged_bytes", {{"vm", kVm}, {"row", "1"}, {"domain", "nic"}}),
       950 * 4096.);

@@ -36,6 +36,7 @@ TEST_F(AuditTest, TableShowsEveryDomainAndEveryPageOnceInTheTotal) {
   vgpu->set_pinned_pages(123);
   vgpu->set_locked_pages(112);
   vgpu->set_locked_areas(37, 16382);
+  vgpu->set_cache({1760, 8, 70, 2000, 240, 232, 0});
   ASSERT_THAT(vgpu->hold(kRam, 50000, {0, 100}), IsOk());
   ASSERT_THAT((*assigned)->hold(kRam, 50000, {50, 1000}), IsOk());
   const Outcome outcome = Show();
@@ -73,6 +74,10 @@ TEST_F(AuditTest, TableShowsEveryDomainAndEveryPageOnceInTheTotal) {
   EXPECT_TRUE(vgpu_seen && nic_seen && total_seen) << outcome.out;
   EXPECT_THAT(outcome.out, HasSubstr("pid " + pid + ": kernel VmLck"));
   EXPECT_THAT(outcome.out, HasSubstr(", 37 of 16382 memory areas\n"));
+  EXPECT_THAT(outcome.out,
+              HasSubstr("  vgpu: dma cache: 1760 pages, 8 of them idle; 70 hits, 2000 misses\n"
+                        "  vgpu: dma cache: 240 unmapped, 232 of them revoked, 0 evicted\n"));
+  EXPECT_THAT(outcome.out, Not(HasSubstr("nic: dma cache")));
   vgpu->release(kRam, {0, 100});
   (*assigned)->release(kRam, {50, 1000});
 }
@@ -83,6 +88,7 @@ TEST_F(AuditTest, JsonHasTheDocumentedFields) {
   row->set_mapped_pages(400);
   row->set_granule_pages(8);
   row->set_locked_areas(37, 16382);
+  row->set_cache({90, 10, 70, 100, 15, 4, 3});
   ASSERT_THAT(row->hold(kRam, 1000, {0, 100}), IsOk());
   const nlohmann::json json = ShowJson();
   EXPECT_EQ(json["runtime_dir"], dir_);
@@ -106,6 +112,9 @@ TEST_F(AuditTest, JsonHasTheDocumentedFields) {
   EXPECT_EQ(domain["granule_pages"], 8);
   EXPECT_EQ(domain["locked_areas"], 37);
   EXPECT_EQ(domain["area_budget"], 16382);
+  EXPECT_EQ(domain["dma_cache"].dump(),
+            R"({"cached_pages":90,"evicted_pages":3,"hit_pages":70,"idle_pages":10,)"
+            R"("miss_pages":100,"revoked_pages":4,"unmapped_pages":15})");
   EXPECT_EQ(domain["mapped_pages"], 400);
   EXPECT_EQ(domain["unique_pages"], 100);
   EXPECT_EQ(domain["charged_pages"], 100);

@@ -241,9 +241,14 @@ TEST_F(LedgerTest, AccountsFollowTheGuest) {
   EXPECT_EQ(snapshot.rows[0].mapped_pages, 2048u);
   EXPECT_EQ(snapshot.rows[0].unique_pages, kPicturePages);
   EXPECT_EQ(snapshot.rows[0].charged_pages, kPicturePages);
+  EXPECT_EQ(snapshot.rows[0].cache.cached_pages, kPicturePages);
+  EXPECT_EQ(snapshot.rows[0].cache.miss_pages, kPicturePages);
+  EXPECT_EQ(snapshot.rows[0].cache.hit_pages, Now().cache.hit_pages);
   EXPECT_THAT(domain::ProblemsOf(snapshot), ::testing::IsEmpty());
   EndVm();
   EXPECT_EQ(Snapshot().charged_pages(), 0u);
+  EXPECT_EQ(Snapshot().rows[0].cache.cached_pages, 0u);
+  EXPECT_EQ(Snapshot().rows[0].cache.unmapped_pages, kPicturePages);
 }
 
 TEST(VgpuCreateTest, ConfigurationsThatCannotBeAreRefused) {
