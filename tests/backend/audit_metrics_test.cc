@@ -113,14 +113,17 @@ TEST_F(AuditMetricsTest, ADomainSaysWhatItIsAndHowItIs) {
   EXPECT_GE(Value(families, "mvgpu_process_locked_bytes", {{"vm", kVm}, {"pid", pid}}), 0);
 }
 
-TEST_F(AuditMetricsTest, EveryFamilyHasHelpAndTypeAndBytesHaveTheirUnit) {
+TEST_F(AuditMetricsTest, EveryFamilyHasHelpAndTypeAndItsUnit) {
   const Families families = Metrics();
   EXPECT_EQ(families.size(), 18u);
   for (const auto& [name, family] : families) {
     EXPECT_TRUE(name.starts_with("mvgpu_")) << name;
     EXPECT_THAT(family.help, Not(IsEmpty())) << name;
     EXPECT_THAT(family.type, Not(IsEmpty())) << name;
-    EXPECT_EQ(family.unit, name.ends_with("_bytes") ? "bytes" : "") << name;
+    EXPECT_EQ(family.unit, name.ends_with("_bytes")   ? "bytes"
+                           : name.ends_with("_pages") ? "pages"
+                                                      : "")
+        << name;
   }
   EXPECT_EQ(families.at("mvgpu_ledger_repairs").type, "counter");
 }
