@@ -163,6 +163,13 @@ class ApiOnlyDomain final : public Domain {
   // before. It is an ordinary write, preceded by a release fence.
   Result<void> publish(Iova iova, std::span<const std::byte> source);
 
+  // Words that the guest changes while we look, such as page table entries: each is read in one
+  // access. Errors: as read(). REQUIRES: `iova` is aligned to 8, and the words lie in one page.
+  Result<void> load_words(Iova iova, std::span<uint64_t> words) const;
+  // Stores `desired` if the word is `expected`; returns what it was. Errors: as write(); always
+  // kNotReachable without a file. REQUIRES: `iova` is aligned to 8.
+  Result<uint64_t> compare_exchange(Iova iova, uint64_t expected, uint64_t desired);
+
   // The pages behind a run, up to the end of the first one's file: a run of huge pages may go on in
   // another file. REQUIRES: the run is part of a live PinnedRange.
   FilePages backing_of(const PinnedRun& run) const;

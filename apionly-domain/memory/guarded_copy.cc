@@ -83,9 +83,18 @@ void UnblockSigbus() {
   pthread_sigmask(SIG_UNBLOCK, &signals, nullptr);
 }
 
-}  // namespace
+// Not ThreadSanitizer's: that does the exchange in its runtime with a lock held, which a fault
+// would leave locked for ever.
+[[gnu::no_sanitize("thread")]] void ExchangeWord(uint64_t* word, uint64_t* expected,
+                                                 uint64_t desired) {
+  // seq_cst: what the guest's own processors do with such a word, they do with locked instructions.
+  __atomic_compare_exchange_n(word, expected, desired, /*weak=*/false, __ATOMIC_SEQ_CST,
+                              __ATOMIC_SEQ_CST);
+}
 
-[[gnu::noinline]] bool CopyGuarded(void* to, const void* from, size_t size) {
+// access() touches guest memory; false when a page of it was gone.
+template <typename Access>
+[[gnu::noinline]] bool Guarded(const Access& access) {
   sigjmp_buf target;
   if (sigsetjmp(target, /*savemask=*/0) != 0) {
     fault_target = nullptr;
@@ -93,11 +102,28 @@ void UnblockSigbus() {
     return false;
   }
   fault_target = &target;
-  std::atomic_signal_fence(std::memory_order_seq_cst);  // the copy stays between the two stores
-  CopyBytes(to, from, size);
+  std::atomic_signal_fence(std::memory_order_seq_cst);  // the access stays between the two stores
+  access();
   std::atomic_signal_fence(std::memory_order_seq_cst);
   fault_target = nullptr;
   return true;
+}
+
+}  // namespace
+
+bool CopyGuarded(void* to, const void* from, size_t size) {
+  return Guarded([=] { CopyBytes(to, from, size); });
+}
+
+bool LoadWordsGuarded(std::span<uint64_t> to, const void* from) {
+  const auto* words = static_cast<const volatile uint64_t*>(from);
+  return Guarded([=] {
+    for (size_t i = 0; i < to.size(); ++i) to[i] = words[i];
+  });
+}
+
+bool CompareExchangeGuarded(void* word, uint64_t* expected, uint64_t desired) {
+  return Guarded([=] { ExchangeWord(static_cast<uint64_t*>(word), expected, desired); });
 }
 
 }  // namespace mvgpu::domain

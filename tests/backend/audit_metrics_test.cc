@@ -115,7 +115,7 @@ TEST_F(AuditMetricsTest, ADomainSaysWhatItIsAndHowItIs) {
 
 TEST_F(AuditMetricsTest, EveryFamilyHasHelpAndTypeAndItsUnit) {
   const Families families = Metrics();
-  EXPECT_EQ(families.size(), 18u);
+  EXPECT_EQ(families.size(), 25u);
   for (const auto& [name, family] : families) {
     EXPECT_TRUE(name.starts_with("mvgpu_")) << name;
     EXPECT_THAT(family.help, Not(IsEmpty())) << name;

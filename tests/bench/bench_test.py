@@ -41,6 +41,9 @@ CACHE = {
     "miss, ": 2,
     "memory per cached page, ": 2,
 }
+SEEDS = {
+    "refresh, ": 4,
+}
 # Where a process may not use io_uring, or has no Vulkan device, the row says so instead of figures.
 MAY_FAIL = re.compile("io-uring|vulkan")
 
@@ -105,6 +108,11 @@ class TheAccountsTable(TableChecks, unittest.TestCase):
 class TheCacheTable(TableChecks, unittest.TestCase):
     table = "cache"
     topics = CACHE
+
+
+class TheSeedsTable(TableChecks, unittest.TestCase):
+    table = "seeds"
+    topics = SEEDS
 
 
 class TheCommandLine(unittest.TestCase):

@@ -13,6 +13,7 @@
 #include "tests/bench/domain_table.h"
 #include "tests/bench/harness.h"
 #include "tests/bench/report.h"
+#include "tests/bench/seeds_table.h"
 
 namespace mvgpu::bench {
 namespace {
@@ -30,8 +31,10 @@ struct Options {
 
 using Measure = void (*)(Table*);
 const std::map<std::string, Measure>& Tables() {
-  static const std::map<std::string, Measure> tables = {
-      {"domain", MeasureDomain}, {"cache", MeasureCache}, {"accounts", MeasureAccounts}};
+  static const std::map<std::string, Measure> tables = {{"domain", MeasureDomain},
+                                                        {"cache", MeasureCache},
+                                                        {"accounts", MeasureAccounts},
+                                                        {"seeds", MeasureSeeds}};
   return tables;
 }
 

@@ -1,0 +1,13 @@
+#pragma once
+
+#include "tests/bench/harness.h"
+
+namespace mvgpu::bench {
+
+// What following a guest's own tables and requests costs, against the ways it is done elsewhere.
+void MeasureNested(Table* table);  // nested_rows.cc
+
+// All of them: --table=seeds.
+inline void MeasureSeeds(Table* table) { MeasureNested(table); }
+
+}  // namespace mvgpu::bench
