@@ -149,7 +149,7 @@ class DmaCache final : public domain::PinOwner {
 
   // releases.cc
   bool Release(DmaUser* user, std::span<const PageRun> pages, bool for_write, uint64_t epoch);
-  bool ReleaseLocked(DmaUser* user, PageRun pages, bool for_write, uint64_t epoch)
+  bool ReleaseLocked(DmaUser* user, std::span<const PageRun> pages, bool for_write, uint64_t epoch)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Pages that a user does not hold for this kind any more.
   void LetGoLocked(std::vector<PageRun>* pages, bool for_write)
@@ -164,6 +164,7 @@ class DmaCache final : public domain::PinOwner {
   void DropPinLocked(PageRun pages, bool for_write) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Takes what is cached of these pages away from the device, then their pins.
   void DropLocked(std::span<const PageRun> pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void DropExtentsLocked(std::span<const Extent> extents) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // False: nothing is idle.
   bool EvictLocked(uint64_t pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ReclaimLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -196,9 +197,9 @@ class DmaCache final : public domain::PinOwner {
     std::vector<MappedRun> mapped;
     std::vector<PageRun> freed;
     std::vector<PageRun> rest;
-    std::vector<PageRun> unused;
     std::vector<PageRun> idle;
     std::vector<Extent> released;
+    std::vector<Extent> unused;
     std::vector<Extent> dropped;
   } scratch_ ABSL_GUARDED_BY(mutex_);
 };

@@ -6,6 +6,7 @@
 #include <bit>
 #include <utility>
 
+#include "apionly-domain/base/bits.h"
 #include "apionly-domain/base/check.h"
 #include "dma-cache/dma_cache.h"
 
@@ -15,10 +16,18 @@ namespace {
 
 constexpr uint64_t Bit(size_t i) { return uint64_t{1} << i; }
 
-uint64_t* NearWord(const domain::PageCounters& counters, uint64_t page) {
-  return page < domain::PageCounters::kNearPages
-             ? domain::PageCounters::Near(counters).word_of(page)
-             : nullptr;
+// The first look of both calls nothing, and is enough for nearly all hits.
+bool TryAdd(domain::PinCounts* counts, PageRun pages) {
+  const auto form = domain::PinCounts::FormFor(pages.count);
+  return (form == domain::PinCounts::Form::kDense && domain::PageCounters::Near::has(pages) &&
+          domain::PageCounters::Near(counts->dense()).try_add(pages)) ||
+         counts->try_add(pages, form);
+}
+bool TryRemove(domain::PinCounts* counts, PageRun pages) {
+  const auto form = domain::PinCounts::FormFor(pages.count);
+  return (form == domain::PinCounts::Form::kDense && domain::PageCounters::Near::has(pages) &&
+          domain::PageCounters::Near(counts->dense()).try_remove(pages)) ||
+         counts->try_remove(pages, form);
 }
 
 }  // namespace
@@ -59,8 +68,7 @@ bool DmaUser::TryMap(PageRun pages, Direction direction, DmaMapping* mapping) {
   const auto find = [this](uint64_t page) { return table_.find_near(page); };
   SpinLockHold hold(lock_);
   if (!AppendRuns(pages, wanted, find, &mapping->runs_) ||
-      !CountsLocked(IsForWrite(direction))
-           .try_add(pages, domain::PinCounts::FormFor(pages.count))) {
+      !TryAdd(&CountsLocked(IsForWrite(direction)), pages)) {
     mapping->runs_.clear();  // nothing is held
     return false;
   }
@@ -73,8 +81,7 @@ bool DmaUser::TryMap(PageRun pages, Direction direction, DmaMapping* mapping) {
 void DmaUser::Release(PageRun pages, bool for_write, uint64_t epoch) {
   {
     SpinLockHold hold(lock_);
-    if ((epoch == epoch_ || revoked_.empty()) &&
-        CountsLocked(for_write).try_remove(pages, domain::PinCounts::FormFor(pages.count))) {
+    if ((epoch == epoch_ || revoked_.empty()) && TryRemove(&CountsLocked(for_write), pages)) {
       return;
     }
   }
@@ -122,40 +129,44 @@ Result<bool> DmaUser::MapBatch(const Batch& batch, std::optional<uint64_t>* epoc
   }
   auto mapped = cache_.HoldPages(this, batch, misses, **epoch);
   if (mapped && *mapped) return mapped;
-  for (size_t i = 0; i < batch.pages.size(); ++i) {
-    if ((misses & Bit(i)) != 0) continue;
+  ForEachBit(~misses & LowestBits(batch.pages.size()), [&](size_t i) {
     Release({batch.pages[i].page(), 1}, IsForWrite(batch.direction), **epoch);
-  }
+  });
   return mapped;
 }
 
-// In two passes: the first asks for the entries and the counters, which lie anywhere in many
-// megabytes; by the time of the second they are there.
+// In two passes, as PinContext::PinHits() and for its reasons: the first asks for the entries and
+// the counters, which lie anywhere in many megabytes; by the time of the second they are there.
+// Neither calls anything. What is not held exactly once is left to AddToMany().
 bool DmaUser::MapHits(const Batch& batch, std::optional<uint64_t>* epoch, uint64_t* misses) {
   const std::span<const Iova> pages = batch.pages;
   const uint64_t wanted = WantedFlags(AccessFor(batch.direction));
-  std::array<uint64_t, kBatch> granules;
+  std::array<uint64_t, kBatch> found;
   std::array<uint64_t*, kBatch> words;
   SpinLockHold hold(lock_);
   if (epoch->value_or(epoch_) != epoch_) return false;
   *epoch = epoch_;
-  domain::PinCounts& counts = CountsLocked(IsForWrite(batch.direction));
+  const Table::Near table(table_);
+  const Counters::Near counters(CountsLocked(IsForWrite(batch.direction)).dense());
   for (size_t i = 0; i < pages.size(); ++i) {
-    granules[i] = table_.granule_near(pages[i].page());
-    words[i] = NearWord(counts.dense(), pages[i].page());
+    found[i] = table.look_up(pages[i].page());
+    words[i] = counters.word_of(pages[i].page());
     __builtin_prefetch(words[i], /*rw=*/1);
   }
   uint64_t missed = 0;
+  uint64_t unusable = 0;
   for (size_t i = 0; i < pages.size(); ++i) {
     const uint64_t page = pages[i].page();
-    const Table::Found found = Table::find_in(granules[i], page);
-    batch.addresses[i] = DmaAddr(BytesIn(found.target()) | pages[i].offset_in_page());
-    const bool counted = IsUsable(found.flags(), wanted) && words[i] != nullptr &&
-                         (domain::PageCounters::Near::TryAddOne(words[i], page) ||
-                          counts.try_add({page, 1}, Form::kDense));
-    if (!counted) [[unlikely]] {
+    const uint64_t word = Table::Near::WordOf(found[i], page);
+    batch.addresses[i] = DmaAddr((word & ~kPageMask) | pages[i].offset_in_page());
+    if (!IsUsable(word, wanted)) [[unlikely]] {
+      unusable |= Bit(i);
+    } else if (!Counters::Near::TryAddOne(words[i], page)) [[unlikely]] {
       missed |= Bit(i);
     }
+  }
+  if ((missed | unusable) != 0) [[unlikely]] {
+    missed = unusable | AddToMany(batch, missed);
   }
   figures_.map_calls += missed == 0 ? 1 : 0;
   figures_.hit_pages += pages.size() - static_cast<size_t>(std::popcount(missed));
@@ -168,15 +179,13 @@ Result<void> DmaUser::unmap_pages(std::span<const Iova> pages, Direction directi
   const bool for_write = IsForWrite(direction);
   for (size_t done = 0; done < pages.size(); done += kBatch) {
     const auto batch = pages.subspan(done, std::min(kBatch, pages.size() - done));
-    uint64_t misses = UnmapHits(batch, for_write, epoch);
+    const uint64_t misses = UnmapHits(batch, for_write, epoch);
     if (misses == 0) [[likely]] {
       continue;
     }
     std::array<PageRun, kBatch> left;
     size_t count = 0;
-    for (; misses != 0; misses &= misses - 1) {
-      left[count++] = {batch[static_cast<size_t>(std::countr_zero(misses))].page(), 1};
-    }
+    ForEachBit(misses, [&](size_t i) { left[count++] = {batch[i].page(), 1}; });
     if (!cache_.Release(this, std::span(left).first(count), for_write, epoch)) {
       return Fail(ErrorCode::kInvalid,
                   fmt::format("a page of the {} from iova {:#x} on is released, but its user does "
@@ -187,35 +196,59 @@ Result<void> DmaUser::unmap_pages(std::span<const Iova> pages, Direction directi
   return {};
 }
 
-// The pages that it did not release.
+// In two passes, as MapHits(). Returns the pages that it did not release.
 uint64_t DmaUser::UnmapHits(std::span<const Iova> pages, bool for_write, uint64_t epoch) {
   std::array<uint64_t*, kBatch> words;
   SpinLockHold hold(lock_);
-  domain::PinCounts& counts = CountsLocked(for_write);
-  uint64_t missed = 0;
-  if (epoch != epoch_ && (epoch > epoch_ || !revoked_.empty())) {
-    return pages.size() == kBatch ? ~uint64_t{0} : Bit(pages.size()) - 1;
-  }
+  uint64_t missed = LowestBits(pages.size());
+  if (epoch != epoch_ && (epoch > epoch_ || !revoked_.empty())) return missed;
+  const Counters::Near counters(CountsLocked(for_write).dense());
+  uint64_t address_bits = 0;
   for (size_t i = 0; i < pages.size(); ++i) {
-    words[i] = NearWord(counts.dense(), pages[i].page());
+    address_bits |= pages[i].value();
+    words[i] = counters.word_of(pages[i].page());
     __builtin_prefetch(words[i], /*rw=*/1);
   }
-  for (size_t i = 0; i < pages.size(); ++i) {
-    const uint64_t page = pages[i].page();
-    const bool counted =
-        words[i] != nullptr && (domain::PageCounters::Near::TryRemoveOne(words[i], page) ||
-                                (domain::PageCounters::IsHeld(words[i], page) &&
-                                 counts.try_remove({page, 1}, Form::kDense)));
-    if (!counted) [[unlikely]] {
-      missed |= Bit(i);
+  if (Iova(address_bits).page() < Counters::kNearPages) [[likely]] {
+    missed = 0;
+    for (size_t i = 0; i < pages.size(); ++i) {
+      if (!Counters::Near::TryRemoveOne(words[i], pages[i].page())) [[unlikely]] {
+        missed |= Bit(i);
+      }
     }
   }
+  return missed == 0 ? 0 : RemoveFromMany(pages, for_write, missed);
+}
+
+uint64_t DmaUser::AddToMany(const Batch& batch, uint64_t pages) {
+  domain::PinCounts& counts = CountsLocked(IsForWrite(batch.direction));
+  uint64_t missed = pages;
+  ForEachBit(pages, [&](size_t i) {
+    const PageRun page{batch.pages[i].page(), 1};
+    if (counts.dense().holds(page.first)) {
+      counts.dense().add(page);
+      missed &= ~Bit(i);
+    } else if (counts.try_add(page, Form::kDense)) {  // as a part of a run
+      missed &= ~Bit(i);
+    }
+  });
   return missed;
 }
 
-uint64_t DmaUser::AddHolds(PageRun pages, bool for_write, const Figures& figures) {
+uint64_t DmaUser::RemoveFromMany(std::span<const Iova> batch, bool for_write, uint64_t pages) {
+  domain::PinCounts& counts = CountsLocked(for_write);
+  uint64_t missed = pages;
+  ForEachBit(pages, [&](size_t i) {
+    const uint64_t page = batch[i].page();
+    if (counts.dense().holds(page) && counts.try_remove({page, 1}, Form::kDense)) missed &= ~Bit(i);
+  });
+  return missed;
+}
+
+uint64_t DmaUser::AddHolds(std::span<const PageRun> pages, bool for_write, const Figures& figures) {
   SpinLockHold hold(lock_);
-  CountsLocked(for_write).add(pages, domain::PinCounts::FormFor(pages.count));
+  domain::PinCounts& counts = CountsLocked(for_write);
+  for (const PageRun& run : pages) counts.add(run, domain::PinCounts::FormFor(run.count));
   figures_.map_calls += figures.map_calls;
   figures_.hit_pages += figures.hit_pages;
   return epoch_;
@@ -226,22 +259,26 @@ uint64_t DmaUser::epoch() {
   return epoch_;
 }
 
-bool DmaUser::RemoveHolds(PageRun pages, bool for_write, uint64_t epoch,
+bool DmaUser::RemoveHolds(std::span<const PageRun> pages, bool for_write, uint64_t epoch,
                           std::vector<PageRun>* freed) {
   SpinLockHold hold(lock_);
   if (epoch > epoch_) return false;
-  real_.clear();
-  if (epoch == epoch_ || revoked_.empty()) {
-    real_.push_back(pages);
-  } else {
-    revoked_.release(pages, epoch, &real_);
-  }
-  const auto form = domain::PinCounts::FormFor(pages.count);
   domain::PinCounts& counts = CountsLocked(for_write);
-  for (const PageRun& run : real_) {
-    // Handles hold what they say; of single pages it is the caller who says so.
-    if (run.count == 1 && form == Form::kDense && !counts.dense().holds(run.first)) return false;
-    counts.remove(run, form, freed);
+  for (const PageRun& run : pages) {
+    real_.clear();
+    if (epoch == epoch_ || revoked_.empty()) {
+      real_.push_back(run);
+    } else {
+      revoked_.release(run, epoch, &real_);
+    }
+    const auto form = domain::PinCounts::FormFor(run.count);
+    for (const PageRun& part : real_) {
+      // Handles hold what they say; of single pages it is the caller who says so.
+      if (part.count == 1 && form == Form::kDense && !counts.dense().holds(part.first)) {
+        return false;
+      }
+      counts.remove(part, form, freed);
+    }
   }
   return true;
 }

@@ -77,6 +77,7 @@ class alignas(64) DmaUser {
   friend class DmaMapping;
 
   using Table = PageMap<PackedTargets>;
+  using Counters = domain::PageCounters;
   using Form = domain::PinCounts::Form;
   static constexpr size_t kBatch = 64;
 
@@ -117,17 +118,23 @@ class alignas(64) DmaUser {
   Result<bool> TryMapPages(std::span<const Iova> pages, Direction direction,
                            std::span<DmaAddr> addresses, std::optional<uint64_t>* epoch);
   uint64_t UnmapHits(std::span<const Iova> pages, bool for_write, uint64_t epoch);
+  // Hits on pages of a batch that are held more than once or twice: the pages named by `pages`.
+  // Return those that are none.
+  uint64_t AddToMany(const Batch& batch, uint64_t pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  uint64_t RemoveFromMany(std::span<const Iova> batch, bool for_write, uint64_t pages)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
 
   void Release(PageRun pages, bool for_write, uint64_t epoch);
   bool IsValid(PageRun pages, uint64_t epoch);
 
   // What the cache does, with its lock held.
   // Adds a hold of each page. Returns the epoch.
-  uint64_t AddHolds(PageRun pages, bool for_write, const Figures& figures);
+  uint64_t AddHolds(std::span<const PageRun> pages, bool for_write, const Figures& figures);
   uint64_t epoch();
   // Takes one hold of each page away, where that is still one; appends what this user does not hold
-  // for this kind any more. False: something is not held at all.
-  bool RemoveHolds(PageRun pages, bool for_write, uint64_t epoch, std::vector<PageRun>* freed);
+  // for this kind any more. False: something is not held at all, and what is behind it was left.
+  bool RemoveHolds(std::span<const PageRun> pages, bool for_write, uint64_t epoch,
+                   std::vector<PageRun>* freed);
   void AppendUnheld(const std::vector<PageRun>& pages, bool for_write,
                     std::vector<PageRun>* unheld);
   bool HoldsAny(PageRun pages);

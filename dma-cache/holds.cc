@@ -5,6 +5,7 @@
 #include <bit>
 #include <utility>
 
+#include "apionly-domain/base/bits.h"
 #include "apionly-domain/base/check.h"
 #include "dma-cache/dma_cache.h"
 
@@ -37,7 +38,8 @@ Result<DmaCache::Held> DmaCache::HoldRange(DmaUser* user, PageRun pages, Directi
   MutexLock lock(mutex_);
   MVGPU_ASSIGN_OR_RETURN(const uint64_t hits, HoldLocked(pages, direction, contiguous));
   Held held;
-  held.epoch = user->AddHolds(pages, IsForWrite(direction), {.map_calls = 1, .hit_pages = hits});
+  held.epoch =
+      user->AddHolds({&pages, 1}, IsForWrite(direction), {.map_calls = 1, .hit_pages = hits});
   const auto find = [this](uint64_t page) { return table_.find(page); };
   MVGPU_CHECK(DmaUser::AppendRuns(pages, wanted, find, &held.runs));
   return held;
@@ -46,27 +48,32 @@ Result<DmaCache::Held> DmaCache::HoldRange(DmaUser* user, PageRun pages, Directi
 Result<bool> DmaCache::HoldPages(DmaUser* user, const DmaUser::Batch& batch, uint64_t misses,
                                  uint64_t epoch) {
   const bool for_write = IsForWrite(batch.direction);
-  std::array<PageRun, DmaUser::kBatch> held;
+  std::array<PageRun, DmaUser::kBatch> runs;
   size_t count = 0;
+  DmaUser::Figures figures;
   MutexLock lock(mutex_);
   if (user->epoch() != epoch) return false;  // from here on it stays: a new one takes the lock
-  while (misses != 0) {
-    const PageRun pages = TakeRun(batch.pages, &misses);
+  // What a pin waits for is its counter, if it has to: so all of them are asked for first.
+  ForEachBit(misses,
+             [&](size_t i) { pins_->prefetch(batch.pages[i], AccessFor(batch.direction)); });
+  for (uint64_t left = misses; left != 0;) {
+    const PageRun pages = TakeRun(batch.pages, &left);
     const auto hits = HoldLocked(pages, batch.direction, /*contiguous=*/false);
     if (!hits) {
-      for (const PageRun& run : std::span(held).first(count)) {
-        ReleaseLocked(user, run, for_write, epoch);
-      }
+      user->AddHolds(std::span(runs).first(count), for_write, figures);
+      ReleaseLocked(user, std::span(runs).first(count), for_write, epoch);
       return tl::unexpected<Error>(hits.error());
     }
-    held[count++] = pages;
-    user->AddHolds(pages, for_write, {.map_calls = misses == 0 ? 1u : 0u, .hit_pages = *hits});
+    runs[count++] = pages;
+    figures.hit_pages += *hits;
   }
-  for (size_t i = 0; i < batch.pages.size(); ++i) {
+  figures.map_calls = 1;
+  user->AddHolds(std::span(runs).first(count), for_write, figures);
+  ForEachBit(misses, [&, table = &table_](size_t i) {
     const Iova iova = batch.pages[i];
     batch.addresses[i] =
-        DmaAddr(BytesIn(table_.find(iova.page()).target()) | iova.offset_in_page());
-  }
+        DmaAddr(BytesIn(table->find(iova.page()).target()) | iova.offset_in_page());
+  });
   return true;
 }
 

@@ -32,6 +32,22 @@ void PageMap<Leaf>::FreeChunk(uint64_t word) {
   delete node;
 }
 
+// Where nothing is.
+template <typename Leaf>
+struct PageMap<Leaf>::Mapping {
+  uint64_t operator()(uint64_t, uint64_t page) const {
+    return (offset + page) << kPageShift | flags | (page == first ? kStart : 0);
+  }
+  uint64_t first;
+  uint64_t offset;  // from page to target; wraps where targets lie below, and so does the sum
+  uint64_t flags;
+};
+
+template <typename Leaf>
+struct PageMap<Leaf>::Unmapping {
+  uint64_t operator()(uint64_t, uint64_t) const { return 0; }
+};
+
 template <typename Leaf>
 typename PageMap<Leaf>::Found PageMap<Leaf>::FindFar(uint64_t page) const {
   const auto it = far_.find(page >> kChunkShift);
@@ -41,18 +57,12 @@ typename PageMap<Leaf>::Found PageMap<Leaf>::FindFar(uint64_t page) const {
 
 template <typename Leaf>
 void PageMap<Leaf>::map(PageRun run, uint64_t target, uint64_t flags) {
-  // Wraps where targets lie below their pages; so does the sum.
-  const uint64_t offset = target - run.first;
-  Update(run, /*create=*/true, [=](uint64_t word, uint64_t page) {
-    MVGPU_DCHECK(word == 0);
-    static_cast<void>(word);
-    return (offset + page) << kPageShift | flags | (page == run.first ? kStart : 0);
-  });
+  Update(run, /*create=*/true, Mapping{run.first, target - run.first, flags});
 }
 
 template <typename Leaf>
 void PageMap<Leaf>::unmap(PageRun run) {
-  Update(run, /*create=*/false, [](uint64_t, uint64_t) { return uint64_t{0}; });
+  Update(run, /*create=*/false, Unmapping{});
 }
 
 template <typename Leaf>
@@ -84,7 +94,7 @@ void PageMap<Leaf>::Update(PageRun run, bool create, const Change& change) {
   ForEachChunk(run, [&](PageRun part, const std::atomic<uint64_t>& slot) {
     UpdateChunk(const_cast<std::atomic<uint64_t>&>(slot), part, create, change);
   });
-  if (create || run.count == 0) return;
+  if (create || run.count == 0 || far_.empty()) return;
   for (auto it = far_.lower_bound(run.first >> kChunkShift);
        it != far_.end() && it->first <= (run.end() - 1) >> kChunkShift;) {
     it = it->second->load(std::memory_order_relaxed) == 0 ? far_.erase(it) : std::next(it);
@@ -144,7 +154,6 @@ void PageMap<Leaf>::UpdateGranule(std::atomic<uint64_t>& slot, PageRun run, bool
   retired_.push_back(word);
 }
 
-// Takes what it did off the run. False: the next entry does not fit.
 template <typename Leaf>
 template <typename Entries, typename Change>
 bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Change& change) {
@@ -161,6 +170,39 @@ bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Change& change
   leaf->used = used;
   *run = {page, run->end() - page};
   return run->count == 0;
+}
+
+// The same for what is done to many entries at a time: a run that is not aligned as its targets are
+// fills leaves, in the reverse map above all (tests/bench, "miss, 2 MiB").
+template <typename Leaf>
+template <typename Entries>
+bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Mapping& mapping) {
+  // What lies between fits if these do: targets ascend.
+  if (!Entries::Fits(mapping(0, run->first)) || !Entries::Fits(mapping(0, run->end() - 1))) {
+    return false;
+  }
+  const size_t first = run->first & (kGranulePages - 1);
+  for (size_t i = 0; i < run->count; ++i) MVGPU_DCHECK(leaf->get(first + i) == 0);
+  leaf->set(first, mapping(0, run->first));
+  const uint64_t behind_start = mapping(0, run->first) & ~kStart;
+  for (size_t i = 1; i < run->count; ++i) {
+    leaf->set(first + i, behind_start + (i << kPageShift));
+  }
+  leaf->used += static_cast<uint32_t>(run->count);
+  return true;
+}
+
+template <typename Leaf>
+template <typename Entries>
+bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Unmapping&) {
+  const size_t first = run->first & (kGranulePages - 1);
+  uint32_t gone = 0;
+  for (size_t i = first; i < first + run->count; ++i) {
+    gone += leaf->get(i) != 0 ? 1 : 0;
+    leaf->set(i, 0);
+  }
+  leaf->used -= gone;
+  return true;
 }
 
 template <typename Leaf>

@@ -25,7 +25,7 @@ namespace mvgpu::dma {
 // are computed. Entries of a leaf are packed into what nearly all of them need (`Leaf`); a granule
 // with one that does not fit has a leaf of whole words.
 //
-// Thread safety: one writer at a time. find_near() and granule_near() may run beside it, without a
+// Thread safety: one writer at a time. find_near() and Near may run beside it, without a
 // lock, in sections that the owner of the map knows; nodes that were taken out are used again only
 // after reclaim(), when every section that was open has ended. What such a reader finds for a page
 // that is being changed means nothing: it must know from elsewhere that the page is not.
@@ -73,23 +73,26 @@ struct PackedTargets {
   uint32_t used = 0;  // entries that are not 0; writer's
 };
 
-// Pages below 2^32 - 1 with the flag kRead in 4 bytes; where pieces begin is forgotten.
+// Pages below 2^32 - 1 with the flag kRead in 4 bytes; where pieces begin is forgotten. Plain
+// numbers, which the compiler fills and clears four at a time: for maps that nobody reads without
+// the writer's lock.
 struct PackedPages {
   static constexpr bool Fits(uint64_t word) {
     constexpr uint64_t kOthers = PageMapFlags::kAllFlags & ~PageMapFlags::kStart;
     return word >> kPageShift < UINT32_MAX && (word & kOthers) == PageMapFlags::kRead;
   }
   uint64_t get(size_t i) const {
-    const uint32_t packed = entries[i].load(std::memory_order_relaxed);
+    const uint32_t packed = entries[i];
     return packed == 0 ? 0 : uint64_t{packed - 1} << kPageShift | PageMapFlags::kRead;
   }
   void set(size_t i, uint64_t word) {
-    const auto packed = word == 0 ? 0 : static_cast<uint32_t>(word >> kPageShift) + 1;
-    entries[i].store(packed, std::memory_order_relaxed);
+    // 0 for nothing, otherwise one more than the page: what is there has kRead.
+    const uint64_t one = (word & PageMapFlags::kRead) / PageMapFlags::kRead;
+    entries[i] = static_cast<uint32_t>((word >> kPageShift) + one);
   }
   const void* line_of(size_t i) const { return &entries[i]; }
 
-  std::array<std::atomic<uint32_t>, 512> entries{};
+  std::array<uint32_t, 512> entries{};
   uint32_t used = 0;
 };
 
@@ -121,17 +124,28 @@ class PageMap : public PageMapFlags {
     return chunk < kNearChunks ? FindIn(near_[chunk].load(std::memory_order_acquire), page)
                                : Found{0, 1};
   }
-  // The same in two steps, for loops: what the granule of a page is, with the entry of the page on
-  // its way into the cache; then what the page is.
-  uint64_t granule_near(uint64_t page) const;
-  static Found find_in(uint64_t granule, uint64_t page) {
-    const size_t i = page & (kGranulePages - 1);
-    return (granule & kTable) == 0 ? InRun(granule, i, kGranulePages)
-                                   : Found{InLeaf(granule, i), 1};
-  }
   Found find(uint64_t page) const {
     return page >> kChunkShift < kNearChunks ? find_near(page) : FindFar(page);
   }
+  // find_near() for loops, in two steps: a pointer that the compiler can keep in a register, and
+  // functions that call nothing.
+  class Near {
+   public:
+    explicit Near(const PageMap& map) : chunks_(map.near_.get()) {}
+    // The page's word, but where the page has an entry of its own: the leaf, with that entry on its
+    // way into the processor's cache.
+    uint64_t look_up(uint64_t page) const;
+    // The page's word, from what look_up() said. Without kRead or kWrite: nothing, whatever else it
+    // says. kStart means nothing.
+    static uint64_t WordOf(uint64_t looked_up, uint64_t page) {
+      if ((looked_up & kTable) == 0) return looked_up;
+      return InLeaf(looked_up, page & (kGranulePages - 1));
+    }
+
+   private:
+    const std::atomic<uint64_t>* chunks_;
+  };
+
   // Calls visit(Extent) for what is there, in order.
   template <typename Visit>
   void for_each(PageRun run, Visit visit) const;
@@ -186,6 +200,9 @@ class PageMap : public PageMapFlags {
   }
   Found FindFar(uint64_t page) const;
 
+  // Changes of words, see Update().
+  struct Mapping;
+  struct Unmapping;
   // Calls visit(part of the run, atomic word) for each chunk that is there.
   template <typename Visit>
   void ForEachChunk(PageRun run, Visit visit) const;
@@ -196,8 +213,13 @@ class PageMap : public PageMapFlags {
   void UpdateChunk(std::atomic<uint64_t>& slot, PageRun run, bool create, const Change& change);
   template <typename Change>
   void UpdateGranule(std::atomic<uint64_t>& slot, PageRun run, bool create, const Change& change);
+  // False: an entry does not fit; `*run` begins there.
   template <typename Entries, typename Change>
   bool UpdateLeaf(Entries* leaf, PageRun* run, const Change& change);
+  template <typename Entries>
+  bool UpdateLeaf(Entries* leaf, PageRun* run, const Mapping& mapping);
+  template <typename Entries>
+  bool UpdateLeaf(Entries* leaf, PageRun* run, const Unmapping& unmapping);
   uint64_t ExpandChunk(uint64_t word);
   uint64_t ExpandGranule(uint64_t word);
   uint64_t Widen(uint64_t word);
@@ -215,16 +237,16 @@ class PageMap : public PageMapFlags {
 };
 
 template <typename Leaf>
-inline uint64_t PageMap<Leaf>::granule_near(uint64_t page) const {
+inline uint64_t PageMap<Leaf>::Near::look_up(uint64_t page) const {
   const uint64_t chunk = page >> kChunkShift;
   if (chunk >= kNearChunks) return 0;
-  uint64_t word = near_[chunk].load(std::memory_order_acquire);
-  const uint64_t granule = page & (kChunkPages - kGranulePages);  // its first page, in the chunk
-  if ((word & kTable) == 0) return InRun(word, granule, kChunkPages).word;
-  word = NodeOf(word)->words[granule >> kGranuleShift].load(std::memory_order_acquire);
-  if ((word & (kTable | kWide)) == kTable) {
-    __builtin_prefetch(PackedOf(word)->line_of(page & (kGranulePages - 1)));
-  }
+  uint64_t word = chunks_[chunk].load(std::memory_order_acquire);
+  if ((word & kTable) == 0) return word + ((page & (kChunkPages - 1)) << kPageShift);
+  word = NodeOf(word)->words[page >> kGranuleShift & (kGranulePages - 1)].load(
+      std::memory_order_acquire);
+  const size_t i = page & (kGranulePages - 1);
+  if ((word & kTable) == 0) return word + (i << kPageShift);
+  __builtin_prefetch(PackedOf(word)->line_of(i));  // of a leaf of whole words, a line nearby
   return word;
 }
 
@@ -239,6 +261,7 @@ void PageMap<Leaf>::ForEachChunk(PageRun run, Visit visit) const {
   };
   uint64_t chunk = run.first >> kChunkShift;
   for (; chunk <= last && chunk < near_end_; ++chunk) visit(part_of(chunk), near_[chunk]);
+  if (far_.empty()) return;
   for (auto it = far_.lower_bound(chunk); it != far_.end() && it->first <= last; ++it) {
     visit(part_of(it->first), *it->second);
   }

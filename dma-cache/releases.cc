@@ -11,12 +11,11 @@ namespace mvgpu::dma {
 bool DmaCache::Release(DmaUser* user, std::span<const PageRun> pages, bool for_write,
                        uint64_t epoch) {
   MutexLock lock(mutex_);
-  bool held = true;
-  for (const PageRun& run : pages) held = held && ReleaseLocked(user, run, for_write, epoch);
-  return held;
+  return ReleaseLocked(user, pages, for_write, epoch);
 }
 
-bool DmaCache::ReleaseLocked(DmaUser* user, PageRun pages, bool for_write, uint64_t epoch) {
+bool DmaCache::ReleaseLocked(DmaUser* user, std::span<const PageRun> pages, bool for_write,
+                             uint64_t epoch) {
   scratch_.freed.clear();
   const bool held = user->RemoveHolds(pages, for_write, epoch, &scratch_.freed);
   LetGoLocked(&scratch_.freed, for_write);
@@ -32,23 +31,21 @@ void DmaCache::LetGoLocked(std::vector<PageRun>* pages, bool for_write) {
   }
   scratch_.released.clear();
   for (const PageRun& run : *pages) AppendExtents(run, &scratch_.released);
-  const auto append = [](PageRun run, std::vector<PageRun>* runs) {
-    if (!runs->empty() && runs->back().end() == run.first) {
-      runs->back().count += run.count;
-    } else {
-      runs->push_back(run);
-    }
-  };
   scratch_.unused.clear();
   scratch_.idle.clear();
   for (const Extent& extent : scratch_.released) {
     if ((extent.flags & PinnedFlag(!for_write)) != 0) {
       DropPinLocked(extent.pages, for_write);  // others hold it for the other kind
+    } else if (!KeepIdleLocked(extent)) {
+      scratch_.unused.push_back(extent);
+    } else if (auto& idle = scratch_.idle;
+               !idle.empty() && idle.back().end() == extent.pages.first) {
+      idle.back().count += extent.pages.count;
     } else {
-      append(extent.pages, KeepIdleLocked(extent) ? &scratch_.idle : &scratch_.unused);
+      idle.push_back(extent.pages);
     }
   }
-  DropLocked(scratch_.unused);
+  DropExtentsLocked(scratch_.unused);
   for (const PageRun& run : scratch_.idle) idle_.add(run);
   if (idle_.pages() > options_.idle_limit_pages) {
     EvictLocked(idle_.pages() - options_.idle_limit_pages);
@@ -105,21 +102,23 @@ void DmaCache::DropPinLocked(PageRun pages, bool for_write) {
 void DmaCache::DropLocked(std::span<const PageRun> pages) {
   scratch_.dropped.clear();
   for (const PageRun& run : pages) AppendExtents(run, &scratch_.dropped);
-  if (scratch_.dropped.empty()) return;
-  for (const Extent& extent : scratch_.dropped) {
+  DropExtentsLocked(scratch_.dropped);
+}
+
+void DmaCache::DropExtentsLocked(std::span<const Extent> extents) {
+  if (extents.empty()) return;
+  for (const Extent& extent : extents) {
     mapper_->unmap(DmaAddr(BytesIn(extent.target)), BytesIn(extent.pages.count));
     reverse_.remove(extent.pages, extent.target);
     counters_.unmapped_pages += extent.pages.count;
     counters_.cached_pages -= extent.pages.count;
   }
   mapper_->flush();
-  for (const PageRun& run : pages) {
-    table_.unmap(run);
-    // What is left of a piece is one: it must not look like a part of what is mapped here next.
-    table_.start_at(run.end());
-  }
-  UnpinLocked(scratch_.dropped, /*for_write=*/false);
-  UnpinLocked(scratch_.dropped, /*for_write=*/true);
+  for (const Extent& extent : extents) table_.unmap(extent.pages);
+  // What is left of a piece is one: it must not look like a part of what is mapped here next.
+  for (const Extent& extent : extents) table_.start_at(extent.pages.end());
+  UnpinLocked(extents, /*for_write=*/false);
+  UnpinLocked(extents, /*for_write=*/true);
   ReclaimLocked();
 }
 

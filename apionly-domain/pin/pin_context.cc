@@ -7,19 +7,12 @@
 #include <optional>
 
 #include "apionly-domain/api_only_domain.h"
+#include "apionly-domain/base/bits.h"
 #include "apionly-domain/base/check.h"
 
 namespace mvgpu::domain {
 
 namespace {
-
-// Calls visit(index) for each bit that is set.
-template <typename Visit>
-void ForEachBit(uint64_t bits, Visit visit) {
-  for (; bits != 0; bits &= bits - 1) visit(static_cast<size_t>(std::countr_zero(bits)));
-}
-
-uint64_t MaskOf(size_t count) { return count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 size_t CountBits(uint64_t bits) { return bits == 0 ? 0 : static_cast<size_t>(std::popcount(bits)); }
 
@@ -254,7 +247,7 @@ Result<void> PinContext::PinHits(std::span<const Iova> pages, Access access,
     const auto whole = IovaRange::FromFirstAndLast(page, page).page_expanded();
     MVGPU_RETURN_IF_ERROR(domain_.check(whole, access));
   }
-  *misses = MaskOf(pages.size());  // mapped meanwhile, or far away
+  *misses = LowestBits(pages.size());  // mapped meanwhile, or far away
   return {};
 }
 
@@ -288,7 +281,7 @@ Result<void> PinContext::UnpinHits(std::span<const Iova> pages, Access access, u
     words[i] = counters.word_of(pages[i].page());
     __builtin_prefetch(words[i], /*rw=*/1);
   }
-  uint64_t missed = MaskOf(pages.size());
+  uint64_t missed = LowestBits(pages.size());
   if (Iova(address_bits).page() < PageCounters::kNearPages) [[likely]] {
     missed = 0;
     for (size_t i = 0; i < pages.size(); ++i) {
@@ -300,7 +293,7 @@ Result<void> PinContext::UnpinHits(std::span<const Iova> pages, Access access, u
   if (missed != 0) [[unlikely]] {
     const auto unheld = FirstUnheld(dense, pages, missed);
     if (unheld) {
-      ForEachBit(~missed & MaskOf(pages.size()),
+      ForEachBit(~missed & LowestBits(pages.size()),
                  [&](size_t i) { PageCounters::Near::TryAddOne(words[i], pages[i].page()); });
       return Fail(ErrorCode::kInvalid,
                   fmt::format("{}: {} releases iova {:#x}, which it does not hold", domain_.name(),

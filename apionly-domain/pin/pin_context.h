@@ -69,6 +69,11 @@ class alignas(64) PinContext {
     ReleaseRun(pages, IsForWrite(access), form);
   }
 
+  // Asks for what a pin of the page looks at first: for who is about to pin many pages one by one.
+  void prefetch(Iova page, Access access) const {
+    PrefetchCounter(page.page(), IsForWrite(access));
+  }
+
   PinOwner* owner() const { return owner_; }
 
  private:

@@ -441,6 +441,32 @@ TEST_F(DmaCacheTest, ManyPagesAreHeldInBatchesOrNotAtAll) {
   EXPECT_EQ(Now().cached_pages, 0u);
 }
 
+TEST_F(DmaCacheTest, AMissThatFailsInABatchLeavesWhatWasHeldBefore) {
+  const auto before = UsePages({2, 4, 4});
+  ASSERT_THAT(before, IsOk());
+  mapper_.fail_at_call = 3;
+  EXPECT_THAT(UsePages({9, 4, 7, 9, 2, 5, 3}), FailsWith(ErrorCode::kLimit));
+  EXPECT_EQ(mapper_.mapped_pages(), 2u);
+  EXPECT_EQ(UniquePins(), 2u);
+  ASSERT_THAT(Release(*before), IsOk());
+  EXPECT_EQ(UniquePins(), 0u);
+}
+
+TEST_F(DmaCacheTest, TheLastReleasesOfABatchAreFlushedTogetherBeforeAnyPinGoes) {
+  const auto loose = UsePages({40, 3, 17, 4, 90});
+  ASSERT_THAT(loose, IsOk());
+  int flushes = 0;
+  mapper_.on_flush = [&] {
+    ++flushes;
+    EXPECT_EQ(mapper_.mapped_pages(), 0u);
+    EXPECT_EQ(UniquePins(), 5u);
+  };
+  ASSERT_THAT(Release(*loose), IsOk());
+  mapper_.on_flush = nullptr;
+  EXPECT_EQ(flushes, 1);
+  EXPECT_EQ(UniquePins(), 0u);
+}
+
 TEST_F(DmaCacheTest, ReleasingPagesThatAreNotHeldIsRefused) {
   const std::vector<Iova> none{Iova(0)};
   EXPECT_THAT((*user_)->unmap_pages(none, Direction::kToDevice, 0), FailsWith(ErrorCode::kInvalid));

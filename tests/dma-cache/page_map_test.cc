@@ -13,6 +13,17 @@ namespace {
 
 using Flags = PageMapFlags;
 
+// What a loop over single pages sees, without kStart; 0: nothing.
+uint64_t WordNear(const PageMap<PackedTargets>& map, uint64_t page) {
+  const PageMap<PackedTargets>::Near near(map);
+  const uint64_t word = PageMap<PackedTargets>::Near::WordOf(near.look_up(page), page);
+  return (word & (Flags::kRead | Flags::kWrite)) == 0 ? 0 : word & ~Flags::kStart;
+}
+// What it should see: pages from 16 TiB on are not near.
+uint64_t NearWordOf(const PageMap<PackedTargets>& map, uint64_t page) {
+  return page >> 32 == 0 ? map.find(page).word & ~Flags::kStart : 0;
+}
+
 // Random stretches around the edges of every level, against a map of single pages.
 TEST(PageMapTest, AgreesWithAMapOfPages) {
   constexpr uint64_t kPlaces[] = {
@@ -59,6 +70,8 @@ TEST(PageMapTest, AgreesWithAMapOfPages) {
         const uint64_t flags = i == 0 ? extent.flags : extent.flags & ~Flags::kStart;
         ASSERT_EQ(expected->second.second, flags) << step << " " << i;
         ASSERT_EQ(map.find(extent.pages.first + i).target(), extent.target + i);
+        ASSERT_EQ(WordNear(map, extent.pages.first + i), NearWordOf(map, extent.pages.first + i))
+            << step << " " << i;
       }
     });
     ASSERT_EQ(expected, naive.lower_bound(run.first + run.count + 700)) << step;
@@ -76,6 +89,17 @@ TEST(PageMapTest, WhatIsWholeIsOneWordAndCanBeCut) {
   EXPECT_EQ(map.find(kChunk + 512).left, 1u);
   EXPECT_EQ(map.find(kChunk + 1024).left, 512u);
   EXPECT_EQ(map.find(2 * kChunk).left, kChunk);
+}
+
+TEST(PageMapTest, LoopsSeeNothingWhereNothingIs) {
+  PageMap<PackedTargets> map;
+  map.map({600, 1}, 7, Flags::kRead);
+  map.map({5 * 512, 512}, 9, Flags::kWrite);
+  for (const uint64_t page : {uint64_t{0}, uint64_t{601}, uint64_t{6 * 512}, uint64_t{1} << 20,
+                              (uint64_t{1} << 32) + 600}) {
+    EXPECT_EQ(WordNear(map, page), 0u) << page;
+  }
+  EXPECT_EQ(WordNear(map, 5 * 512 + 3), uint64_t{12} << kPageShift | Flags::kWrite);
 }
 
 TEST(ReverseMapTest, AgreesWithAMultimap) {
