@@ -146,7 +146,7 @@ class WordProtocolTest : public ::testing::TestWithParam<Case> {
       unsigned paying = 0;
       bool payer_holds = true;
       for (unsigned row = 0; row < kRows; ++row) {
-        holders += held[row] >> page & 1;
+        holders += (held[row] >> page & 1) != 0 ? 1 : 0;
         if ((paid[row] >> page & 1) == 0) continue;
         ++paying;
         payers[page] = static_cast<uint8_t>(row);
