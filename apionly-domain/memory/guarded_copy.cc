@@ -85,8 +85,8 @@ void UnblockSigbus() {
 
 // Not ThreadSanitizer's: that does the exchange in its runtime with a lock held, which a fault
 // would leave locked for ever.
-[[gnu::no_sanitize("thread")]] void ExchangeWord(uint64_t* word, uint64_t* expected,
-                                                 uint64_t desired) {
+__attribute__((no_sanitize("thread"))) void ExchangeWord(uint64_t* word, uint64_t* expected,
+                                                         uint64_t desired) {
   // seq_cst: what the guest's own processors do with such a word, they do with locked instructions.
   __atomic_compare_exchange_n(word, expected, desired, /*weak=*/false, __ATOMIC_SEQ_CST,
                               __ATOMIC_SEQ_CST);
