@@ -49,7 +49,7 @@ MAY_FAIL = re.compile("io-uring|vulkan")
 
 
 def bench(*arguments):
-    return subprocess.run([bench.path, *arguments], capture_output=True, text=True, timeout=100)
+    return subprocess.run([bench.path, *arguments], capture_output=True, text=True, timeout=300)
 
 
 class TableChecks:
