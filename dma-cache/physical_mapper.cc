@@ -1,6 +1,7 @@
 #include "dma-cache/physical_mapper.h"
 
 #include <fmt/format.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <array>
@@ -52,10 +53,23 @@ Result<void> PhysicalMapper::ForEachEntry(const domain::PinnedRun& run, Visit vi
         std::span(batch).first(static_cast<size_t>(std::min<uint64_t>(kBatch, pages - first)));
     MVGPU_RETURN_IF_ERROR(pagemap_.read(run.host + BytesIn(first), entries));
     for (size_t i = 0; i < entries.size(); ++i) {
+      if (entries[i].is_swapped()) {
+        MVGPU_ASSIGN_OR_RETURN(entries[i], EntryAfterMigration(run.host + BytesIn(first + i)));
+      }
       MVGPU_RETURN_IF_ERROR(visit(first + i, entries[i]));
     }
   }
   return {};
+}
+
+// A page that the kernel is moving, or tries in vain to move because it is pinned, reads as swapped
+// out (a migration entry) meanwhile; a fault waits for the end of that. Populating is the fault that
+// a truncated file can't turn into SIGBUS.
+Result<Pagemap::Entry> PhysicalMapper::EntryAfterMigration(std::byte* page) const {
+  madvise(page, kPageSize, MADV_POPULATE_READ);
+  Pagemap::Entry entry;
+  MVGPU_RETURN_IF_ERROR(pagemap_.read(page, {&entry, 1}));
+  return entry;
 }
 
 Result<void> PhysicalMapper::map(std::span<const domain::PinnedRun> runs, domain::Access,

@@ -52,6 +52,7 @@ class PhysicalMapper final : public Mapper {
   // Calls visit(page of the run, Entry) for each page in order; stops at its first error.
   template <typename Visit>
   Result<void> ForEachEntry(const domain::PinnedRun& run, Visit visit) const;
+  Result<Pagemap::Entry> EntryAfterMigration(std::byte* page) const;
 
   const Pagemap pagemap_;
   uint64_t mapped_pages_ = 0;

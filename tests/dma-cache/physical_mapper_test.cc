@@ -35,6 +35,7 @@ PinnedRun RunOf(std::byte* host, uint64_t pages, uint64_t iova = kIova) {
 }
 
 // Frames as the test itself reads them, past the code under test.
+// 0 for a page that is not there, or is being moved now.
 uint64_t FrameOf(const std::byte* host) {
   const UniqueFd fd(open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC));
   uint64_t word = 0;
@@ -179,7 +180,6 @@ class RealPagemapTest : public ::testing::Test {
       ASSERT_THAT(backend_->pin(*file_, {page, 1}), IsOk());
       ++pinned_;
       ASSERT_THAT(mapper_->map({{Run(page)}}, domain::Access::kReadWrite, &mapped_), IsOk());
-      ASSERT_EQ(mapped_.back().address.page(), FrameOf(Run(page).host));
     }
   }
   PinnedRun Run(uint64_t page) {
@@ -189,15 +189,21 @@ class RealPagemapTest : public ::testing::Test {
     const UniqueFd fd(open("/proc/sys/vm/compact_memory", O_WRONLY | O_CLOEXEC));
     return fd.is_valid() && write(fd.get(), "1", 1) == 1;
   }
-  // How many pages moved, as the mapper noticed; it must have noticed exactly those.
+  // How many pages moved, as the mapper noticed; it must have noticed exactly those. The kernel
+  // also compacts by itself and for others: what it moved while this looked is not judged.
   uint64_t MovedPages() {
     uint64_t moved = 0;
+    uint64_t judged = 0;
     for (uint64_t i = 0; i < mapped_.size(); ++i) {
       const PinnedRun run = Run(i * kStride);
-      const bool is_there = FrameOf(run.host) == mapped_[i].address.page();
-      EXPECT_EQ(mapper_->is_current(run, mapped_[i].address), is_there) << i;
-      if (!is_there) ++moved;
+      const uint64_t before = FrameOf(run.host);
+      const bool is_current = mapper_->is_current(run, mapped_[i].address);
+      if (before == 0 || FrameOf(run.host) != before) continue;
+      EXPECT_EQ(is_current, before == mapped_[i].address.page()) << i;
+      if (!is_current) ++moved;
+      ++judged;
     }
+    EXPECT_GT(judged, mapped_.size() / 2);
     return moved;
   }
 
@@ -212,7 +218,7 @@ class RealPagemapTest : public ::testing::Test {
 TEST_F(RealPagemapTest, PagesThatTheKernelMovesInSpiteOfMlockAreNoticed) {
   HoldScattered(domain::MakeMlockPinBackend());
   if (HasFatalFailure()) return;
-  EXPECT_EQ(MovedPages(), 0u);
+  MovedPages();
   if (!Compact()) GTEST_SKIP() << "this kernel has no /proc/sys/vm/compact_memory";
   const uint64_t moved = MovedPages();
   RecordProperty("moved_pages", static_cast<int>(moved));
@@ -224,6 +230,7 @@ TEST_F(RealPagemapTest, PagesThatIoUringPinsDoNotMove) {
   if (!backend) GTEST_SKIP() << backend.error().message();
   HoldScattered(std::move(*backend));
   if (HasFatalFailure()) return;
+  EXPECT_EQ(MovedPages(), 0u);
   if (!Compact()) GTEST_SKIP() << "this kernel has no /proc/sys/vm/compact_memory";
   EXPECT_EQ(MovedPages(), 0u);
 }
