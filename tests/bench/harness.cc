@@ -30,6 +30,11 @@ void StayOn(size_t cpu) {
   pthread_setaffinity_np(pthread_self(), sizeof set, &set);
 }
 
+void RunBeforeOthers() {
+  const sched_param priority = {.sched_priority = 1};
+  pthread_setschedparam(pthread_self(), SCHED_FIFO, &priority);
+}
+
 bool Row::meets_target() const {
   if (!failure.empty()) return false;
   switch (target.kind) {

@@ -135,6 +135,11 @@ class Lazy {
 // Keeps the calling thread on one processor of those that there are.
 void StayOn(size_t cpu);
 
+// Lets the calling thread run before those of other programs, where this process may ask for that
+// (root may). For what can only be measured by the clock on the wall: a round of it takes some
+// milliseconds, as long as the scheduler lets somebody else run.
+void RunBeforeOthers();
+
 // Makes the compiler believe that a value is used.
 inline void Keep(uint64_t value) { asm volatile("" : : "r"(value)); }
 

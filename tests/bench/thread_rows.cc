@@ -57,15 +57,20 @@ Side OurThreads(Subject* subject, std::array<PageSlices, kThreads> Subject::*pag
 }
 
 template <typename Count>
-Side AtomicThreads(Subject* subject) {
-  const auto counters = std::make_shared<AtomicCounters<Count>>(subject->guest.iova_pages());
-  return [subject, counters](uint64_t round) {
-    const auto& slices = subject->everywhere;
-    return Together(kThreads, kThreads * slices[0].per_round(), [&](size_t thread) {
+Side AtomicThreads(Subject* subject, std::array<PageSlices, kThreads> Subject::*pages,
+                   std::shared_ptr<AtomicCounters<Count>> counters, size_t count) {
+  return [subject, pages, counters, count](uint64_t round) {
+    const auto& slices = subject->*pages;
+    return Together(count, count * slices[0].per_round(), [&](size_t thread) {
       slices[thread].for_each_batch(round, kBatch,
                                     [&](auto batch) { counters->pin_and_release(batch); });
     });
   };
+}
+
+template <typename Count>
+std::shared_ptr<AtomicCounters<Count>> CountersFor(const Subject& subject) {
+  return std::make_shared<AtomicCounters<Count>>(subject.guest.iova_pages());
 }
 
 }  // namespace
@@ -84,17 +89,28 @@ void MeasureThreads(Table* table) {
   };
   speedup("two threads, pin + release, different memory", &Subject::halves, Target::AtLeast(1.9));
 
+  // How much of a second processor the machine has to give to such work.
+  table->compare("one thread, prefetched pairs of 2-byte atomics, different memory",
+                 "the same by two threads", {}, [&] {
+                   const auto counters = CountersFor<uint16_t>(lazy.get());
+                   return Result<Comparison>(
+                       {AtomicThreads(&lazy.get(), &Subject::halves, counters, 1),
+                        AtomicThreads(&lazy.get(), &Subject::halves, counters, kThreads)});
+                 });
+
   table->compare(
       "two threads, pin + release, same memory", "prefetched pairs of 8-byte atomics",
       Target::AtMost(1.25), [&] {
         return Result<Comparison>({OurThreads(&lazy.get(), &Subject::everywhere, kThreads),
-                                   AtomicThreads<uint64_t>(&lazy.get())});
+                                   AtomicThreads(&lazy.get(), &Subject::everywhere,
+                                                 CountersFor<uint64_t>(lazy.get()), kThreads)});
       });
   table->compare(
       "two threads, pin + release, same memory, small atomics",
       "prefetched pairs of 2-byte atomics", {}, [&] {
         return Result<Comparison>({OurThreads(&lazy.get(), &Subject::everywhere, kThreads),
-                                   AtomicThreads<uint16_t>(&lazy.get())});
+                                   AtomicThreads(&lazy.get(), &Subject::everywhere,
+                                                 CountersFor<uint16_t>(lazy.get()), kThreads)});
       });
 }
 

@@ -25,6 +25,7 @@ double Together(size_t count, uint64_t units, const Work& work) {
   for (size_t i = 0; i < count; ++i) {
     threads.emplace_back([&, i] {
       StayOn(i);
+      RunBeforeOthers();
       waiting.fetch_add(1);
       while (waiting.load() != count) {
       }
