@@ -11,7 +11,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "backend/cli_choice.h"
+#include "backend/cli_options.h"
 
 namespace mvgpu::backend {
 
@@ -84,22 +84,9 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
                      "How pages are held while the device uses them: mlock, io-uring, none "
                      "(default: mlock)");
   std::optional<uint64_t> pin_limit;
-  app.add_option("--pin-limit", pin_limit,
-                 "Most memory to pin at a time, e.g. 64M (default: no limit)")
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false).description(""));
-  auto* dma = AddChoice<DmaMode>(
-      app, "--dma", vgpu.dma, DmaModes(),
-      "What stands in for dma_map_page: none (host pointers, for CPU rendering; the default), "
-      "physical (host physical addresses, needs CAP_SYS_ADMIN), iommu (addresses of an IOMMU), "
-      "vulkan (addresses of a Vulkan device)");
-  app.add_option("--iommu-group", vgpu.iommu_group,
-                 "With --dma=iommu: the IOMMU group, a number in /dev/vfio, whose device does the "
-                 "DMA (default: an IOMMU in software)")
-      ->needs(dma);
-  app.add_option("--vulkan-device", vgpu.vulkan_device,
-                 "With --dma=vulkan: a UUID, a PCI address, /dev/dri/renderD128 or how a device's "
-                 "name begins (default: the first device that can)")
-      ->needs(dma);
+  AddSize(app, "--pin-limit", pin_limit,
+          "Most memory to pin at a time, e.g. 64M (default: no limit)");
+  AddDmaOptions(app, vgpu);
   app.add_option("--screenshot", options.session.screenshot_path,
                  "What the guest shows, as PNG, on SIGUSR1 and when the VMM leaves");
   app.add_option("--record", options.session.record_path,

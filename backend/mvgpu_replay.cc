@@ -11,7 +11,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "backend/cli_choice.h"
+#include "backend/cli_options.h"
 #include "backend/replay/player.h"
 #include "backend/trace/embedded_trace.h"
 #include "backend/trace/trace_json.h"
@@ -26,13 +26,12 @@ using nlohmann::json;
 enum class ExitCode : int { kOk = 0, kDiffers = 1, kUsage = 2, kFailure = 3 };
 
 struct RunOptions {
+  RunOptions() { vgpu.pin = PinMode::kNone; }
+
   std::string trace;  // empty: the built-in one
   std::string screenshot;
   std::string pages;
-  PinMode pin = PinMode::kNone;
-  DmaMode dma = DmaMode::kNone;
-  std::string iommu_group;
-  std::string vulkan_device;
+  VgpuConfig vgpu;  // of it, what a trace does not say
   bool as_json = false;
 };
 
@@ -132,8 +131,9 @@ int Fail(ExitCode code, const std::string& message) {
 int Run(const RunOptions& options) {
   auto reader = OpenTrace(options.trace);
   if (!reader) return Fail(ExitCode::kFailure, reader.error().message());
-  auto player = Player::Create(
-      reader->get(), {options.pin, options.dma, options.iommu_group, options.vulkan_device});
+  const VgpuConfig& vgpu = options.vgpu;
+  auto player =
+      Player::Create(reader->get(), {vgpu.pin, vgpu.dma, vgpu.iommu_group, vgpu.vulkan_device});
   if (!player) return Fail(ExitCode::kFailure, player.error().message());
   Result<Player::Outcome> outcome = [&] {
     ProgressBar bar(reader->get());
@@ -229,17 +229,9 @@ int Main(int argc, char** argv) {
   run->add_flag("--json", run_options.as_json, "Print the report as one JSON object");
   run->add_option("--screenshot", run_options.screenshot, "Write the last picture as PNG");
   run->add_option("--pages", run_options.pages, "Write what happened to each guest page as CSV");
-  AddChoice<PinMode>(*run, "--pin", run_options.pin, PinModes(),
+  AddChoice<PinMode>(*run, "--pin", run_options.vgpu.pin, PinModes(),
                      "How pages are held: mlock, io-uring, none (default: none)");
-  auto* dma = AddChoice<DmaMode>(*run, "--dma", run_options.dma, DmaModes(),
-                                 "The mapper: none, physical, iommu, vulkan (default: none)");
-  run->add_option("--iommu-group", run_options.iommu_group,
-                  "With --dma=iommu: a number in /dev/vfio (default: an IOMMU in software)")
-      ->needs(dma);
-  run->add_option("--vulkan-device", run_options.vulkan_device,
-                  "With --dma=vulkan: a UUID, PCI address, render node or name (default: the first "
-                  "device that can)")
-      ->needs(dma);
+  AddDmaOptions(*run, run_options.vgpu);
 
   std::string info_trace;
   bool info_json = false;

@@ -11,7 +11,7 @@
 #include <utility>
 
 #include "backend/audit/console.h"
-#include "backend/cli_choice.h"
+#include "backend/cli_options.h"
 
 namespace mvgpu::backend {
 
@@ -37,19 +37,6 @@ const std::map<std::string, PinMode>& VgpuPins() {
   static const std::map<std::string, PinMode> pins = {
       {"mlock", PinMode::kMlock}, {"io-uring", PinMode::kIoUring}, {"none", PinMode::kNone}};
   return pins;
-}
-
-// The library reads "-1" as 2^64 - 1. Transforms run in the reverse order of their definition.
-void AddSize(CLI::App& verb, const char* option, auto& target, const char* description) {
-  verb.add_option(option, target, description)
-      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false).description(""))
-      ->transform([](const std::string& text) {
-        if (text.find('-') != std::string::npos) {
-          throw CLI::ValidationError(fmt::format("'{}' is no size, give for example 8G", text));
-        }
-        return text;
-      })
-      ->type_name("SIZE");
 }
 
 std::string DevicesText(const MemlockRequest& request) {

@@ -1,10 +1,14 @@
 #pragma once
 
+// Options that more than one of the programs have.
+
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
 #include <map>
 #include <string>
+
+#include "backend/vgpu_config.h"
 
 namespace mvgpu::backend {
 
@@ -25,5 +29,23 @@ CLI::Option* AddChoice(CLI::App& app, const std::string& option, T& target,
       })
       ->option_text("NAME");
 }
+
+// Adds an option whose value is a number of bytes, with a unit or without (K, M, G, ..., of 1024).
+template <typename T>
+void AddSize(CLI::App& app, const std::string& option, T& target, const std::string& description) {
+  // CLI11 reads "-1" as 2^64 - 1. Transforms run in the reverse order of their definition.
+  app.add_option(option, target, description)
+      ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false).description(""))
+      ->transform([](const std::string& text) {
+        if (text.find('-') != std::string::npos) {
+          throw CLI::ValidationError(fmt::format("'{}' is no size, give for example 8G", text));
+        }
+        return text;
+      })
+      ->type_name("SIZE");
+}
+
+// --dma, --iommu-group and --vulkan-device; `config` is the default and outlives the parsing.
+void AddDmaOptions(CLI::App& app, VgpuConfig& config);
 
 }  // namespace mvgpu::backend
