@@ -76,6 +76,15 @@ enum class FaultCode : uint8_t {
 };
 std::string_view FaultCodeName(FaultCode code);
 
+// The first right that is wanted and not allowed, where each right is refused for itself.
+constexpr std::optional<FaultCode> MissingRight(Rights wanted, Rights allowed) {
+  const Rights missing = wanted & static_cast<Rights>(~allowed);
+  if ((missing & kMayRead) != 0) return FaultCode::kNoRead;
+  if ((missing & kMayWrite) != 0) return FaultCode::kNoWrite;
+  if ((missing & kMayExecute) != 0) return FaultCode::kNoExecute;
+  return std::nullopt;
+}
+
 struct Fault {
   FaultCode code = FaultCode::kNotPresent;
   uint8_t stage = 0;        // 1, 2; 0 until a walker has filled in where it happened

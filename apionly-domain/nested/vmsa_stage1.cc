@@ -34,12 +34,8 @@ TableEntry VmsaStage1Format::decode(uint64_t raw, unsigned level, Path* path) co
 
 std::optional<FaultCode> VmsaStage1Format::refusal(Path path, Wanted wanted) const {
   const Rights allowed = rights(path, wanted.privileged);
-  const Rights missing = wanted.rights & static_cast<Rights>(~allowed);
-  if (missing != 0 && allowed == 0) return FaultCode::kNotForUser;
-  if ((missing & kMayRead) != 0) return FaultCode::kNoRead;
-  if ((missing & kMayWrite) != 0) return FaultCode::kNoWrite;
-  if ((missing & kMayExecute) != 0) return FaultCode::kNoExecute;
-  return std::nullopt;
+  if (allowed == 0 && wanted.rights != 0) return FaultCode::kNotForUser;
+  return MissingRight(wanted.rights, allowed);
 }
 
 uint64_t VmsaStage1Format::marked(uint64_t raw, bool is_leaf, bool writes) const {

@@ -30,14 +30,6 @@ TableEntry VmsaStage2Format::decode(uint64_t raw, unsigned level, Path* path) co
   return entry;
 }
 
-std::optional<FaultCode> VmsaStage2Format::refusal(Path path, Wanted wanted) const {
-  const Rights missing = wanted.rights & static_cast<Rights>(~path.rights);
-  if ((missing & kMayRead) != 0) return FaultCode::kNoRead;
-  if ((missing & kMayWrite) != 0) return FaultCode::kNoWrite;
-  if ((missing & kMayExecute) != 0) return FaultCode::kNoExecute;
-  return std::nullopt;
-}
-
 uint64_t VmsaStage2Format::marked(uint64_t raw, bool is_leaf, bool writes) const {
   if (!is_leaf) return raw;
   if (options.flags.sets_access_flag) raw |= vmsa::kAccessFlag;

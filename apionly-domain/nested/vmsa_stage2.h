@@ -27,7 +27,9 @@ struct VmsaStage2Format {
   unsigned index_bits(unsigned) const { return vmsa::kIndexBits; }
   tl::expected<WalkStart<Path>, NoStart> begin(uint64_t root, uint64_t address) const;
   TableEntry decode(uint64_t raw, unsigned level, Path* path) const;
-  std::optional<FaultCode> refusal(Path path, Wanted wanted) const;
+  std::optional<FaultCode> refusal(Path path, Wanted wanted) const {
+    return MissingRight(wanted.rights, path.rights);
+  }
   Rights rights(Path path, bool) const { return path.rights; }
   uint64_t marked(uint64_t raw, bool is_leaf, bool writes) const;
   bool is_interrupt(uint64_t) const { return false; }

@@ -24,12 +24,4 @@ TableEntry VtdSecondStageFormat::decode(uint64_t raw, unsigned level, Path* path
   return is_large || level == 0 ? TableEntry::Leaf(*address) : TableEntry::Table(*address);
 }
 
-std::optional<FaultCode> VtdSecondStageFormat::refusal(Path path, Wanted wanted) const {
-  const Rights missing = wanted.rights & static_cast<Rights>(~path.rights);
-  if ((missing & kMayRead) != 0) return FaultCode::kNoRead;
-  if ((missing & kMayWrite) != 0) return FaultCode::kNoWrite;
-  if ((missing & kMayExecute) != 0) return FaultCode::kNoExecute;
-  return std::nullopt;
-}
-
 }  // namespace mvgpu::domain

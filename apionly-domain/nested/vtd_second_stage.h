@@ -28,7 +28,9 @@ struct VtdSecondStageFormat {
   unsigned index_bits(unsigned) const { return vtd::kIndexBits; }
   tl::expected<WalkStart<Path>, NoStart> begin(uint64_t root, uint64_t address) const;
   TableEntry decode(uint64_t raw, unsigned level, Path* path) const;
-  std::optional<FaultCode> refusal(Path path, Wanted wanted) const;
+  std::optional<FaultCode> refusal(Path path, Wanted wanted) const {
+    return MissingRight(wanted.rights, path.rights);
+  }
   Rights rights(Path path, bool) const { return path.rights; }
   uint64_t marked(uint64_t raw, bool is_leaf, bool writes) const {
     if (!options.keeps_accessed) return raw;

@@ -1,0 +1,164 @@
+#include "apionly-domain/viommu/vtd_iommu.h"
+
+#include <span>
+
+#include "apionly-domain/api_only_domain.h"
+
+namespace mvgpu::domain {
+
+namespace {
+
+tl::unexpected<VtdFault> At(uint64_t address, VtdFault fault) {
+  fault.address = address;
+  return tl::unexpected(fault);
+}
+
+}  // namespace
+
+VtdIommu::VtdIommu(Options options, Parts parts)
+    : parts_(parts),
+      memory_(parts.guest),
+      tables_(options.abilities, &memory_),
+      translator_(&tables_),
+      caches_(options.caches),
+      faults_(options.fault_records, this),
+      queue_(options.rules, &memory_, this) {}
+
+void VtdIommu::set_root(uint64_t rtaddr) {
+  root_.raw = rtaddr;
+  caches_.clear();
+  SyncAll();
+}
+
+void VtdIommu::set_translating(bool translating) {
+  is_translating_ = translating;
+  parts_.object->set_bypassed(!translating);
+}
+
+void VtdIommu::write_fault_status(uint32_t fsts) {
+  faults_.clear(fsts);
+  if ((fsts & FaultLog::kQueueError) != 0) queue_.clear_error();
+}
+
+bool VtdIommu::write_status(uint64_t address, uint32_t status) {
+  return parts_.guest->publish(Iova(address), std::as_bytes(std::span(&status, 1))).has_value();
+}
+
+void VtdIommu::on_wait_complete() {
+  if (is_wait_complete_) return;
+  is_wait_complete_ = true;
+  if (wait_event_.raise()) parts_.owner->on_wait_event();
+}
+
+void VtdIommu::clear_wait_complete() {
+  is_wait_complete_ = false;
+  wait_event_.drop();
+}
+
+void VtdIommu::set_wait_masked(bool masked) {
+  if (wait_event_.set_masked(masked)) parts_.owner->on_wait_event();
+}
+
+void VtdIommu::on_queue_error(QueueError) { faults_.raise(FaultLog::kQueueError); }
+
+VtdResult VtdIommu::translate(const VtdRequest& request) {
+  if (!is_translating_) return Bypass(request);
+  const VtdResult result = Translate(request);
+  if (!result) Record(request, result.error());
+  return result;
+}
+
+VtdResult VtdIommu::Bypass(const VtdRequest& request) const {
+  if (request.pasid) return At(request.address, {.is_hidden = true});
+  return VtdTarget{request.address, kPageSize - (request.address & kPageMask),
+                   kMayRead | kMayWrite | kMayExecute};
+}
+
+VtdTables::ContextResult VtdIommu::ContextOf(SourceId source) {
+  if (const auto* known = caches_.context(source)) return *known;
+  const auto context = tables_.context(root_, source);
+  if (context) caches_.remember(source, *context);
+  return context;
+}
+
+tl::expected<VtdIommu::Found, VtdFault> VtdIommu::Find(const VtdRequest& request) {
+  const auto context = ContextOf(request.source);
+  if (!context) return tl::unexpected(context.error());
+  const auto pasid = tables_.pasid_of(*context, request);
+  if (!pasid) return tl::unexpected(pasid.error());
+  if (const auto* known = caches_.pasid(request.source, *pasid)) {
+    return Found{*context, *pasid, *known};
+  }
+  const auto entry = tables_.pasid_entry(*context, *pasid);
+  if (!entry) return tl::unexpected(entry.error());
+  caches_.remember(request.source, *pasid, *entry);
+  return Found{*context, *pasid, *entry};
+}
+
+VtdResult VtdIommu::Translate(const VtdRequest& request) {
+  const auto found = Find(request);
+  if (!found) return At(request.address, found.error());
+  if (const auto admitted = tables_.admit(found->entry, request); !admitted) {
+    return At(request.address, admitted.error());
+  }
+  const Wanted wanted(request.wanted.rights, IsPrivileged(found->context, request));
+  const auto tag = VtdCaches::TagOf(found->entry, found->pasid, wanted.privileged);
+  // To want nothing leaves no marks, and no traces here.
+  const bool is_cached =
+      wanted.rights != 0 && found->entry.translation() != vtd::Translation::kPassThrough;
+  if (is_cached) {
+    if (const auto leaf = caches_.page(tag, request.address, wanted.rights)) {
+      ++counters_.page_hits;
+      return VtdTranslator::TargetOf(*leaf);
+    }
+  }
+  ++counters_.walks;
+  const auto leaf = translator_.walk(found->entry, request.address, wanted);
+  if (!leaf) return At(request.address, leaf.error());
+  if (is_cached) caches_.remember(tag, request.address, *leaf, wanted.rights);
+  return VtdTranslator::TargetOf(*leaf);
+}
+
+void VtdIommu::Record(const VtdRequest& request, const VtdFault& fault) {
+  ++counters_.faults;
+  const bool is_request = request.kind == VtdRequest::Kind::kTranslation;
+  if (fault.is_hidden || (is_request && fault.is_recoverable())) return;
+  faults_.record({.source = request.source,
+                  .pasid = request.pasid,
+                  .address = request.address,
+                  .reason = fault.reason,
+                  .wanted = request.wanted,
+                  .is_translation_request = is_request});
+}
+
+void VtdIommu::ForgetPage(const Found& found, Iova page) {
+  const IovaRange range = RangeOf({page.page(), 1});
+  if (found.entry.has_first_stage()) {
+    caches_.invalidate(PasidIotlbInvalidation{
+        .domain = found.entry.domain(), .pasid = found.pasid, .range = range});
+  } else {
+    caches_.invalidate(IotlbInvalidation{.granularity = IotlbInvalidation::Granularity::kPages,
+                                         .domain = found.entry.domain(),
+                                         .range = range});
+  }
+}
+
+tl::expected<void, VtdFault> VtdIommu::request_page(const VtdRequest& request, uint16_t group,
+                                                    bool is_last) {
+  VtdRequest asked = request;
+  asked.kind = VtdRequest::Kind::kPage;
+  const auto found = Find(asked);
+  if (!found) {
+    Record(asked, found.error());
+    return At(asked.address, found.error());
+  }
+  const Iova page(asked.address & ~kPageMask);
+  ForgetPage(*found, page);
+  const Rights rights = asked.wanted.rights & (kMayRead | kMayWrite);
+  const Access access = rights == 0 ? Access::kRead : static_cast<Access>(rights);
+  parts_.object->notify(
+      {{asked.source, asked.pasid}, PageRequestEvent{page, access, group, is_last}});
+  return {};
+}
+
+}  // namespace mvgpu::domain
