@@ -43,6 +43,7 @@ CACHE = {
 }
 SEEDS = {
     "refresh, ": 4,
+    "fault ": 2,
 }
 # Where a process may not use io_uring, or has no Vulkan device, the row says so instead of figures.
 MAY_FAIL = re.compile("io-uring|vulkan")

@@ -6,8 +6,13 @@ namespace mvgpu::bench {
 
 // What following a guest's own tables and requests costs, against the ways it is done elsewhere.
 void MeasureNested(Table* table);  // nested_rows.cc
+// What a fault of a device costs where memory is mapped on demand.
+void MeasureFaults(Table* table);  // fault_rows.cc
 
 // All of them: --table=seeds.
-inline void MeasureSeeds(Table* table) { MeasureNested(table); }
+inline void MeasureSeeds(Table* table) {
+  MeasureNested(table);
+  MeasureFaults(table);
+}
 
 }  // namespace mvgpu::bench
