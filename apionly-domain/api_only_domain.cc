@@ -18,6 +18,9 @@ Result<std::unique_ptr<ApiOnlyDomain>> ApiOnlyDomain::Create(Options options,
         domain->ledger_row_,
         ledger->join(DomainKind::kApiOnly, domain->options_.name, domain->backend_name_));
   }
+  if (DevicePins* const device_pins = domain->options_.device_pins; device_pins != nullptr) {
+    device_pins->join(domain.get());
+  }
   return domain;
 }
 
@@ -26,9 +29,11 @@ ApiOnlyDomain::ApiOnlyDomain(Options options, std::unique_ptr<PinBackend> backen
     : options_(std::move(options)),
       observer_(observer),
       backend_name_(backend->name()),
-      backend_(std::move(backend)) {}
+      backend_(std::move(backend)),
+      files_(/*indexed=*/options_.device_pins != nullptr) {}
 
 ApiOnlyDomain::~ApiOnlyDomain() {
+  if (options_.device_pins != nullptr) options_.device_pins->leave(this);
   MutexLock lock(pin_mutex_);
   MVGPU_CHECK(contexts_.empty());
   MVGPU_CHECK(counters_.mapped_pages == 0 && counters_.unique_pages == 0);

@@ -12,8 +12,9 @@
 //   dirty log   which pages were written, by copies and through pins, since the VMM last asked
 //
 // Invariants
-//   - A page is pinned by the back end iff at least one context holds it; identity is (file, page),
-//     so a page seen at two IOVAs is pinned and charged once.
+//   - A page is pinned by the back end iff at least one context holds it and no mapping of an
+//     assigned device does (pin/device_pins.h); identity is (file, page), so a page seen at two
+//     IOVAs is pinned and charged once.
 //   - No pin and no copy reaches memory whose mapping has gone: on_unmap() marks the mappings as
 //     going, so that nothing new starts, waits for copies, makes every owner let go, and refuses
 //     the unmap, naming the holders, when one does not in time.
@@ -21,8 +22,8 @@
 //     above zero) need nothing but the context's own lock, and misses see all contexts stand still.
 //
 // Where to read next: translation/page_directory.h (IOVA -> host), pin/pin_context.h (hits),
-// miss_path.cc (first pins and last releases), unmap.cc (revocation), pin/ (how pages are held),
-// accounting/ledger.h (who pays).
+// miss_path.cc (first pins and last releases), lock_hand_over.cc (pages that a device's mapping
+// holds), unmap.cc (revocation), pin/ (how pages are held), accounting/ledger.h (who pays).
 
 #include <chrono>
 #include <cstdint>
@@ -34,6 +35,7 @@
 #include <vector>
 
 #include <absl/container/btree_map.h>
+#include <absl/container/flat_hash_map.h>
 #include <absl/container/inlined_vector.h>
 
 #include "apionly-domain/accounting/ledger.h"
@@ -42,6 +44,7 @@
 #include "apionly-domain/base/mutex.h"
 #include "apionly-domain/dirty_log.h"
 #include "apionly-domain/domain.h"
+#include "apionly-domain/pin/device_pins.h"
 #include "apionly-domain/pin/mapped_files.h"
 #include "apionly-domain/pin/pin_backend.h"
 #include "apionly-domain/pin/pin_context.h"
@@ -70,9 +73,9 @@ class RemoteMemory {
   virtual Result<void> write(Iova iova, std::span<const std::byte> source) = 0;
 };
 
-// Thread-safe. Lock order: the container's change lock, an owner's lock, then the pin lock, then a
-// context's lock.
-class ApiOnlyDomain final : public Domain {
+// Thread-safe. Lock order: the container's change lock, an owner's lock or the one of DevicePins,
+// then the pin lock, then a context's lock.
+class ApiOnlyDomain final : public Domain, private DevicePins::Sharer {
  public:
   struct Options {
     std::string name = "api-only";
@@ -82,6 +85,9 @@ class ApiOnlyDomain final : public Domain {
     // Outlives the domain; called from whatever thread copies. Null: memory without a file cannot
     // be reached.
     RemoteMemory* remote = nullptr;
+    // Outlives the domain. What it has is not locked by the pin back end too. Null: every page that
+    // is pinned is.
+    DevicePins* device_pins = nullptr;
   };
   struct Counters {
     uint64_t mapped_pages = 0;        // with a file behind
@@ -249,9 +255,25 @@ class ApiOnlyDomain final : public Domain {
   tl::unexpected<Error> PinLimitErrorLocked(uint64_t wanted) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   void LetGoLocked(const FilePages& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // To and from the pin back end, but for what a device's mapping holds.
+  Result<void> LockLocked(const FilePages& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  void UnlockLocked(const FilePages& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   // To the ledger. REQUIRES: there is one.
   void PublishCountsLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
   uint64_t PinnedPagesLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+
+  // lock_hand_over.cc
+  void on_device_holds(const FileIdentity& file, PageRun pages) override;
+  Result<void> on_device_leaves(const FileIdentity& file, PageRun pages) override;
+  Result<void> LockRestLocked(const FilePages& pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  std::vector<PageRun> NotDeviceHeldLocked(const FilePages& pages) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // Those of the pages that some context holds.
+  std::vector<PageRun> PinnedRunsLocked(const FilePages& pages) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
+  // All of them, or none and an error.
+  Result<void> LockRunsLocked(const GuestFile& file, std::span<const PageRun> runs)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
 
   // unmap.cc
   std::vector<PinContext*> HoldingContextsLocked(const Unmapping& unmapping) const
@@ -291,6 +313,9 @@ class ApiOnlyDomain final : public Domain {
   std::unique_ptr<LedgerRow> ledger_row_;  // set once by Create(); locks itself
   std::vector<PinContext*> contexts_ ABSL_GUARDED_BY(pin_mutex_);
   MappedFiles files_ ABSL_GUARDED_BY(pin_mutex_);
+  // Pages that the back end does not lock, whoever holds them here: what Options::device_pins has
+  // told. Without files of which there is none.
+  absl::flat_hash_map<FileIdentity, RunCounter> device_held_ ABSL_GUARDED_BY(pin_mutex_);
   // What a miss works with; kept, so that misses allocate nothing.
   struct {
     std::vector<PageRun> unheld;

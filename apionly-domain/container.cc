@@ -226,7 +226,12 @@ Result<void> Container::attach(Domain* domain) {
   for (const Mapping& mapping : std::span(all).first(told)) {
     domain->on_map_done(mapping, outcome.has_value());
   }
-  if (outcome) domains_.push_back(domain);
+  if (outcome) {
+    const auto behind = std::find_if(domains_.begin(), domains_.end(), [domain](Domain* other) {
+      return other->is_relied_on() && !domain->is_relied_on();
+    });
+    domains_.insert(behind, domain);
+  }
   return outcome;
 }
 

@@ -111,6 +111,7 @@ class Container {
 
   const Limits limits_;
   ExclusiveMutex change_mutex_;
+  // In the order in which they hear of changes, see Domain.
   std::vector<Domain*> domains_ ABSL_GUARDED_BY(change_mutex_);
   absl::flat_hash_map<FileIdentity, std::weak_ptr<GuestFile>> files_ ABSL_GUARDED_BY(change_mutex_);
 

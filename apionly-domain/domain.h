@@ -43,12 +43,17 @@ struct Unmapping {
 };
 
 // A domain hears of every mapping of its container: what is there when it attaches, then each
-// change. Called with the container's change lock held, so one call at a time: an implementation
+// change, those that others rely on last, otherwise in the order in which they were attached.
+// Called with the container's change lock held, so one call at a time: an implementation
 // must not change the container.
 class Domain {
  public:
   virtual ~Domain() = default;
   virtual std::string_view name() const = 0;
+  // Whether others count on what this domain has mapped (its addresses, or that it holds the
+  // pages). They hear of an unmap first, and have let go when this one does, whoever was attached
+  // first. Fixed.
+  virtual bool is_relied_on() const { return false; }
   // Takes the mapping in, as one that nobody may use yet. Errors are the domain's own; the mapping
   // is not there then.
   virtual Result<void> on_map(const Mapping& mapping) = 0;

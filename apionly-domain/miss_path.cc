@@ -75,15 +75,27 @@ void ApiOnlyDomain::AppendUnaliasedLocked(const FilePages& pages, std::vector<Fi
   for (const PageRun& run : held.uncovered(pages.pages)) AppendPages({pages.file, run}, parts);
 }
 
+[[gnu::always_inline]] inline Result<void> ApiOnlyDomain::LockLocked(const FilePages& pages) {
+  if (device_held_.empty()) [[likely]]
+    return backend_->pin(*pages.file, pages.pages);
+  return LockRestLocked(pages);
+}
+
+[[gnu::always_inline]] inline void ApiOnlyDomain::UnlockLocked(const FilePages& pages) {
+  if (device_held_.empty()) [[likely]]
+    return backend_->unpin(*pages.file, pages.pages);
+  for (const PageRun& run : NotDeviceHeldLocked(pages)) backend_->unpin(*pages.file, run);
+}
+
 [[gnu::always_inline]] inline void ApiOnlyDomain::LetGoLocked(const FilePages& pages) {
   // The charge goes last: at no instant is a page held by the kernel for us without being
   // accounted.
-  backend_->unpin(*pages.file, pages.pages);
+  UnlockLocked(pages);
   if (ledger_row_ != nullptr) ledger_row_->release(pages.file->identity(), pages.pages);
 }
 
 [[gnu::always_inline]] inline Result<void> ApiOnlyDomain::HoldOneLocked(const FilePages& fresh) {
-  MVGPU_RETURN_IF_ERROR(backend_->pin(*fresh.file, fresh.pages));
+  MVGPU_RETURN_IF_ERROR(LockLocked(fresh));
   if (ledger_row_ == nullptr) return {};
   return ChargeLocked(fresh);
 }
@@ -91,7 +103,7 @@ void ApiOnlyDomain::AppendUnaliasedLocked(const FilePages& pages, std::vector<Fi
 Result<void> ApiOnlyDomain::ChargeLocked(const FilePages& fresh) {
   auto charged = ledger_row_->hold(fresh.file->identity(), fresh.file->pages(), fresh.pages);
   if (!charged) {
-    backend_->unpin(*fresh.file, fresh.pages);
+    UnlockLocked(fresh);
     return charged;
   }
   if (const uint32_t granule = backend_->granule_pages(*fresh.file); granule > granule_pages_) {

@@ -106,4 +106,10 @@ std::optional<KernelCounters> KernelCountersOf(const ProcessId& process) {
   return KernelCounters{*vm_lck, *vm_pin};
 }
 
+std::string_view KernelCounterName(std::string_view pin_backend) {
+  if (pin_backend == "mlock" || pin_backend == "vfio-type1") return "VmLck";
+  if (pin_backend == "io-uring") return "VmPin";
+  return {};
+}
+
 }  // namespace mvgpu::domain

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 #include "apionly-domain/base/error.h"
 
@@ -31,5 +32,9 @@ struct KernelCounters {
 };
 // nullopt when the process is not alive or not ours to look at.
 std::optional<KernelCounters> KernelCountersOf(const ProcessId& process);
+// Which of them counts what a row of the ledger has locked, by the row's pin back end ("mlock",
+// "vfio-type1": "VmLck"; "io-uring": "VmPin"). Empty where the kernel is not asked to hold
+// anything.
+std::string_view KernelCounterName(std::string_view pin_backend);
 
 }  // namespace mvgpu::domain

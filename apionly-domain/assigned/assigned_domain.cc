@@ -4,60 +4,182 @@
 
 #include <algorithm>
 #include <iterator>
+#include <utility>
 
 namespace mvgpu::domain {
 
-AssignedDomain::~AssignedDomain() {
-  MutexLock lock(mutex_);
-  MVGPU_CHECK(mappings_.empty() && used_.empty());
+Result<std::unique_ptr<AssignedDomain>> AssignedDomain::Create(Options options,
+                                                               AssignedSpace* space,
+                                                               Ledger* ledger) {
+  std::unique_ptr<LedgerRow> row;
+  if (ledger != nullptr) {
+    MVGPU_ASSIGN_OR_RETURN(
+        row, ledger->join(DomainKind::kAssignedDevice, options.name, space->iommu_name()));
+  }
+  return std::unique_ptr<AssignedDomain>(
+      new AssignedDomain(std::move(options), space, std::move(row)));
 }
 
+AssignedDomain::AssignedDomain(Options options, AssignedSpace* space,
+                               std::unique_ptr<LedgerRow> row)
+    : options_(std::move(options)), space_(space), charges_(std::move(row)) {}
+
+AssignedDomain::~AssignedDomain() {
+  MutexLock lock(mutex_);
+  MVGPU_CHECK(mappings_.empty() && used_.empty() && handed_over_.empty());
+}
+
+// The charge comes first and goes last: at no instant does the kernel hold a page for us that is
+// not accounted.
 Result<void> AssignedDomain::on_map(const Mapping& mapping) {
   if (mapping.file == nullptr) return {};
-  return space_->map_at(mapping.iova, mapping.file->host_address(mapping.file_offset),
-                        mapping.access);
+  MVGPU_RETURN_IF_ERROR(charges_.hold(mapping));
+  auto mapped =
+      space_->map_at(mapping.iova, mapping.file->host_address(mapping.file_offset), mapping.access);
+  if (!mapped) {
+    charges_.release(mapping);
+    return mapped;
+  }
+  locked_pages_ += mapping.pages();
+  ShowLockedPages();
+  return {};
 }
 
 void AssignedDomain::on_map_done(const Mapping& mapping, bool mapped) {
   if (mapping.file == nullptr) return;
   if (!mapped) {
-    space_->unmap(mapping.iova);
+    UnmapFromDevice(mapping);
     space_->flush();
+    charges_.release(mapping);
     return;
   }
-  MutexLock lock(mutex_);
-  mappings_.emplace(mapping.iova.start().value(), mapping);
+  {
+    MutexLock lock(mutex_);
+    mappings_.emplace(mapping.iova.start().value(), mapping);
+  }
+  HandOver(PagesOf(mapping.iova));
 }
 
 Result<void> AssignedDomain::on_unmap(const Unmapping& unmapping) {
-  {
-    MutexLock lock(mutex_);
-    if (used_.any(PagesOf(unmapping.range))) {
-      return Fail(
-          ErrorCode::kBusy,
-          fmt::format("iova {:#x}-{:#x} cannot be unmapped from {}: a vgpu's device uses "
-                      "its addresses",
-                      unmapping.range.start().value(), unmapping.range.last().value(), name_));
-    }
-    going_ = unmapping.range;
-  }
+  MVGPU_RETURN_IF_ERROR(BeginUnmap(unmapping.range));
   for (const Mapping& mapping : unmapping.mappings) {
-    if (mapping.file == nullptr) continue;
-    MVGPU_RETURN_IF_ERROR(space_->isolate(mapping.iova));
+    if (mapping.file != nullptr) MVGPU_RETURN_IF_ERROR(Isolate(mapping));
   }
   return {};
 }
 
-void AssignedDomain::on_unmap_done(const Unmapping& unmapping, bool unmapped) {
+Result<void> AssignedDomain::BeginUnmap(IovaRange range) {
   MutexLock lock(mutex_);
-  going_.reset();
-  if (!unmapped) return;
+  if (used_.any(PagesOf(range))) {
+    return Fail(ErrorCode::kBusy,
+                fmt::format("iova {:#x}-{:#x} cannot be unmapped from {}: a vgpu's device uses "
+                            "its addresses",
+                            range.start().value(), range.last().value(), options_.name));
+  }
+  going_ = range;
+  return {};
+}
+
+Result<void> AssignedDomain::Isolate(const Mapping& mapping) {
+  const IovaRange hull = space_->cut_hull(mapping.iova);
+  MVGPU_RETURN_IF_ERROR(TakeBack(hull));
+  const uint64_t shown = ShownPages(hull);
+  const auto isolated = space_->isolate(mapping.iova);
+  locked_pages_ -= shown - ShownPages(hull);
+  ShowLockedPages();
+  const PageRun cut = PagesOf(hull);
+  const PageRun going = PagesOf(mapping.iova);
+  HandOver({cut.first, going.first - cut.first});
+  HandOver({going.end(), cut.end() - going.end()});
+  return isolated;
+}
+
+void AssignedDomain::on_unmap_done(const Unmapping& unmapping, bool unmapped) {
   for (const Mapping& mapping : unmapping.mappings) {
     if (mapping.file == nullptr) continue;
-    space_->unmap(mapping.iova);
+    if (!unmapped) {
+      HandOver(PagesOf(mapping.iova));
+      continue;
+    }
+    UnmapFromDevice(mapping);
+    MutexLock lock(mutex_);
     RemoveLocked(mapping.iova);
   }
+  {
+    MutexLock lock(mutex_);
+    going_.reset();
+  }
+  if (!unmapped) return;
   space_->flush();
+  for (const Mapping& mapping : unmapping.mappings) {
+    if (mapping.file != nullptr) charges_.release(mapping);
+  }
+}
+
+void AssignedDomain::UnmapFromDevice(const Mapping& mapping) {
+  locked_pages_ -= ShownPages(mapping.iova);
+  space_->unmap(mapping.iova);
+  ShowLockedPages();
+}
+
+std::vector<Mapping> AssignedDomain::MappingsIn(PageRun pages) const {
+  std::vector<Mapping> found;
+  if (pages.count == 0) return found;
+  const IovaRange range = RangeOf(pages);
+  ReaderMutexLock lock(mutex_);
+  auto it = mappings_.upper_bound(range.start().value());
+  if (it != mappings_.begin()) --it;
+  for (; it != mappings_.end() && it->second.iova.start() <= range.last(); ++it) {
+    if (const auto part = it->second.iova.intersection(range)) {
+      found.push_back(it->second.slice(*part));
+    }
+  }
+  return found;
+}
+
+void AssignedDomain::HandOver(PageRun pages) {
+  if (!hands_over()) return;
+  for (const Mapping& mapping : MappingsIn(pages)) {
+    for (const PageRun& shown : space_->shown_pages(mapping.iova)) {
+      for (const PageRun& run : handed_over_.uncovered(shown)) {
+        handed_over_.add(run);
+        options_.device_pins->add(mapping.file->identity(),
+                                  {PagesIn(mapping.offset_of(RangeOf(run).start())), run.count});
+      }
+    }
+  }
+}
+
+Result<void> AssignedDomain::TakeBack(IovaRange range) {
+  if (!hands_over()) return {};
+  const PageRun pages = PagesOf(range);
+  for (const Mapping& mapping : MappingsIn(pages)) {
+    std::vector<PageRun> handed_over;
+    handed_over_.for_each(PagesOf(mapping.iova),
+                          [&handed_over](PageRun run) { handed_over.push_back(run); });
+    for (const PageRun& run : handed_over) {
+      auto taken = options_.device_pins->remove(
+          mapping.file->identity(), {PagesIn(mapping.offset_of(RangeOf(run).start())), run.count});
+      if (!taken) {
+        HandOver(pages);
+        return tl::unexpected<Error>(std::move(taken).error().in(
+            fmt::format("iova {:#x}-{:#x} stays mapped for {}", RangeOf(run).start().value(),
+                        RangeOf(run).last().value(), options_.name)));
+      }
+      handed_over_.remove(run);
+    }
+  }
+  return {};
+}
+
+uint64_t AssignedDomain::ShownPages(IovaRange range) const {
+  uint64_t pages = 0;
+  for (const PageRun& run : space_->shown_pages(range)) pages += run.count;
+  return pages;
+}
+
+void AssignedDomain::ShowLockedPages() {
+  if (space_->holds_memory()) charges_.set_locked_pages(locked_pages_);
 }
 
 // Keeps the parts outside of the range of a mapping that it cuts.

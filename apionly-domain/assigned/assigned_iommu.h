@@ -34,6 +34,9 @@ class AssignedIommu {
   // it remembers.
   virtual void flush() = 0;
 
+  // Whether the kernel holds what is mapped where it is, and counts each mapping of a page as
+  // locked memory of this process (VmLck). Fixed.
+  virtual bool holds_memory() const = 0;
   // Where IOVAs may be, in order. Fixed.
   virtual std::span<const IovaRange> usable_ranges() const = 0;
   // A set bit for each page size in bytes: bit 12 for 4 KiB, bit 21 for 2 MiB. Fixed.

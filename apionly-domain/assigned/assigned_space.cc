@@ -130,6 +130,29 @@ Result<void> AssignedSpace::SplitAtLocked(uint64_t page) {
   return done;
 }
 
+IovaRange AssignedSpace::cut_hull(IovaRange iova) const {
+  const PageRun pages = PagesOf(iova);
+  ReaderMutexLock lock(mutex_);
+  uint64_t first = pages.first;
+  uint64_t end = pages.end();
+  for (auto it = FirstOverlapLocked(pages); it != pieces_.end() && it->first < pages.end(); ++it) {
+    first = std::min(first, it->first);
+    end = std::max(end, it->second.pages.end());
+  }
+  return RangeOf({first, end - first});
+}
+
+std::vector<PageRun> AssignedSpace::shown_pages(IovaRange iova) const {
+  const PageRun pages = PagesOf(iova);
+  std::vector<PageRun> shown;
+  ReaderMutexLock lock(mutex_);
+  for (auto it = FirstOverlapLocked(pages); it != pieces_.end() && it->first < pages.end(); ++it) {
+    const uint64_t first = std::max(it->first, pages.first);
+    shown.push_back({first, std::min(it->second.pages.end(), pages.end()) - first});
+  }
+  return shown;
+}
+
 void AssignedSpace::flush() {
   MutexLock lock(mutex_);
   FlushLocked();

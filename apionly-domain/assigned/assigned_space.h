@@ -15,6 +15,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include <absl/container/btree_map.h>
@@ -65,9 +66,17 @@ class AssignedSpace {
   // From now on no device reaches what was unmapped before; its IOVAs may be handed out again.
   void flush();
 
+  // What isolate() of the range takes away for a moment: it, and the mappings of the IOMMU that it
+  // cuts.
+  IovaRange cut_hull(IovaRange iova) const;
+  // The pages of the range that the device sees, in order.
+  std::vector<PageRun> shown_pages(IovaRange iova) const;
   // Whether the range shows the host memory from `host` on.
   bool shows(IovaRange iova, const std::byte* host) const;
   Counters counters() const;
+  std::string_view iommu_name() const { return iommu_->name(); }
+  // As AssignedIommu says.
+  bool holds_memory() const { return iommu_->holds_memory(); }
 
  private:
   // One mapping of the IOMMU.

@@ -51,6 +51,7 @@ class SoftwareIommu final : public AssignedIommu {
   Result<void> map(IovaRange iova, std::byte* host, Access access) override;
   Result<void> unmap(IovaRange iova) override;
   void flush() override;
+  bool holds_memory() const override { return false; }
   std::span<const IovaRange> usable_ranges() const override { return usable_; }
   uint64_t page_sizes() const override;
 

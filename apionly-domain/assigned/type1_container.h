@@ -41,6 +41,7 @@ class Type1Container final : public AssignedIommu {
   Result<void> map(IovaRange iova, std::byte* host, Access access) override;
   Result<void> unmap(IovaRange iova) override;
   void flush() override {}
+  bool holds_memory() const override { return true; }
   std::span<const IovaRange> usable_ranges() const override { return usable_; }
   uint64_t page_sizes() const override { return page_sizes_; }
 

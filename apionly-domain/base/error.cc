@@ -62,4 +62,9 @@ Error Error::System(int sys_errno, std::string_view message) {
   return error;
 }
 
+Error Error::in(std::string_view context) && {
+  message_ = fmt::format("{}: {}", context, message_);
+  return std::move(*this);
+}
+
 }  // namespace mvgpu

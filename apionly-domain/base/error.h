@@ -43,6 +43,8 @@ class [[nodiscard]] Error {
   Error(ErrorCode code, std::string message) : code_(code), message_(std::move(message)) {}
   // kSystem, with errno's text appended: "<message>: <strerror>".
   static Error System(int sys_errno, std::string_view message);
+  // The same error, with what could not be done because of it in front.
+  Error in(std::string_view context) &&;
 
   ErrorCode code() const { return code_; }
   int sys_errno() const { return sys_errno_; }

@@ -13,7 +13,8 @@ void MappedFiles::add(const Mapping& mapping) {
   file.file = mapping.file.get();
   const PageRun iova = PagesOf(mapping.iova);
   const uint64_t file_page = PagesIn(mapping.file_offset);
-  file.views.emplace(iova.first, View{iova, file_page});
+  AddView(file, {iova, file_page});
+  if (is_indexed_) by_identity_[mapping.file->identity()] = mapping.file->host_address(0);
   file.mapped.add({file_page, iova.count});
 }
 
@@ -26,17 +27,25 @@ void MappedFiles::remove(const Mapping& mapping) {
   const View view = it->second;
   MVGPU_CHECK(view.iova.contains(gone.first) && gone.end() <= view.iova.end());
   file->second.views.erase(it);
+  file->second.by_file_page.erase({view.file_page, view.iova.first});
   if (gone.first > view.iova.first) {
     const PageRun before{view.iova.first, gone.first - view.iova.first};
-    file->second.views.emplace(before.first, View{before, view.file_page});
+    AddView(file->second, {before, view.file_page});
   }
   if (gone.end() < view.iova.end()) {
     const PageRun behind{gone.end(), view.iova.end() - gone.end()};
     const uint64_t skipped = behind.first - view.iova.first;
-    file->second.views.emplace(behind.first, View{behind, view.file_page + skipped});
+    AddView(file->second, {behind, view.file_page + skipped});
   }
   file->second.mapped.remove({PagesIn(mapping.file_offset), gone.count});
-  if (file->second.views.empty()) files_.erase(file);
+  if (!file->second.views.empty()) return;
+  files_.erase(file);
+  by_identity_.erase(mapping.file->identity());
+}
+
+void MappedFiles::AddView(File& file, const View& view) {
+  file.views.emplace(view.iova.first, view);
+  if (is_indexed_) file.by_file_page.emplace(view.file_page, view.iova.first);
 }
 
 FilePages MappedFiles::at(const std::byte* host, uint64_t pages) const {
@@ -53,16 +62,40 @@ const MappedFiles::File& MappedFiles::FindFileAt(const std::byte* host) const {
   return *last_;
 }
 
+void MappedFiles::AppendPart(const View& view, PageRun pages, std::vector<View>* found) {
+  const uint64_t start = std::max(view.file_page, pages.first);
+  const uint64_t end = std::min(view.file_page + view.iova.count, pages.end());
+  if (start >= end) return;
+  found->push_back({{view.iova.first + (start - view.file_page), end - start}, start});
+}
+
 std::vector<MappedFiles::View> MappedFiles::aliases(const FilePages& pages) const {
   std::vector<View> found;
   if (!has_aliases(*pages.file)) return found;
   for (const auto& [first, view] : FileAt(pages.file->host_address(0)).views) {
-    const uint64_t start = std::max(view.file_page, pages.pages.first);
-    const uint64_t end = std::min(view.file_page + view.iova.count, pages.pages.end());
-    if (start >= end) continue;
-    found.push_back({{view.iova.first + (start - view.file_page), end - start}, start});
+    AppendPart(view, pages.pages, &found);
   }
   return found;
+}
+
+std::vector<MappedFiles::View> MappedFiles::views(const FilePages& pages) const {
+  MVGPU_CHECK(is_indexed_);
+  if (has_aliases(*pages.file)) return aliases(pages);
+  // No page twice: of the views that begin before the pages only the last one can reach them.
+  const File& file = FileAt(pages.file->host_address(0));
+  std::vector<View> found;
+  auto it = file.by_file_page.upper_bound({pages.pages.first, UINT64_MAX});
+  if (it != file.by_file_page.begin()) --it;
+  for (; it != file.by_file_page.end() && it->first < pages.pages.end(); ++it) {
+    AppendPart(file.views.at(it->second), pages.pages, &found);
+  }
+  return found;
+}
+
+const GuestFile* MappedFiles::find(const FileIdentity& identity) const {
+  MVGPU_CHECK(is_indexed_);
+  const auto found = by_identity_.find(identity);
+  return found == by_identity_.end() ? nullptr : FileAt(found->second).file;
 }
 
 }  // namespace mvgpu::domain

@@ -109,10 +109,16 @@ void RenderEnded(Out out, const AuditReport& before, const AuditReport& now) {
 }
 
 // Where the kernel counts what a pin back end holds.
-std::string_view KernelFigureOf(std::string_view pin_backend) {
-  if (pin_backend == "mlock") return " (VmLck)";
-  if (pin_backend == "io-uring") return " (VmPin)";
-  return "";
+std::string KernelFigureOf(std::string_view pin_backend) {
+  const std::string_view name = domain::KernelCounterName(pin_backend);
+  return name.empty() ? "" : fmt::format(" ({})", name);
+}
+
+// What the kernel counts more than once, and nobody can help.
+void RenderCountedAgain(Out out, const LedgerSnapshot::Row& row) {
+  if (row.pin_backend != "vfio-type1" || row.locked_pages <= row.unique_pages) return;
+  fmt::format_to(out, "  {}: {} pages counted again by vfio-type1, at each further iova\n",
+                 Shortened(row.name, 15), row.locked_pages - row.unique_pages);
 }
 
 // Two lines, so that large counts fit into 100 columns.
@@ -148,6 +154,7 @@ void RenderKernel(Out out, const AuditReport::Vm& vm) {
       fmt::format_to(out, ", {} of {} memory areas", row.locked_areas, row.area_budget);
     }
     fmt::format_to(out, "\n");
+    RenderCountedAgain(out, row);
     RenderCache(out, row);
   }
 }

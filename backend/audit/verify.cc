@@ -46,18 +46,19 @@ void CheckOwners(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
   }
 }
 
-// The kernel counts by process; one may have several domains.
+// The kernel counts by process; one may have several domains, and they may share a counter.
 void CheckLocked(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
-  const auto check = [&](size_t first, std::string_view backend, std::string_view name,
-                         uint64_t kernel_kb) {
+  const auto check = [&](size_t first, std::string_view name, uint64_t kernel_kb) {
     const LedgerSnapshot::Row& row = vm.ledger.rows[first];
     uint64_t locked = 0;
     for (const LedgerSnapshot::Row& other : vm.ledger.rows) {
-      if (!(other.owner == row.owner) || other.pin_backend != backend) continue;
+      if (!(other.owner == row.owner)) continue;
+      if (domain::KernelCounterName(other.pin_backend) != name) continue;
       if (other.index < row.index) return;  // said at the first row of the process
       locked += other.locked_pages;
     }
-    if (row.pin_backend != backend || BytesIn(locked) / 1024 <= kernel_kb) return;
+    if (domain::KernelCounterName(row.pin_backend) != name) return;
+    if (BytesIn(locked) / 1024 <= kernel_kb) return;
     findings.push_back(
         {Finding::Kind::kNotLocked, vm.ledger.vm_uuid, row.index,
          fmt::format("row {} ({}): process {} says that {} kB are locked, the kernel counts {} kB "
@@ -66,8 +67,8 @@ void CheckLocked(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
   };
   for (size_t i = 0; i < vm.ledger.rows.size(); ++i) {
     if (!vm.kernel[i]) continue;
-    check(i, "mlock", "VmLck", vm.kernel[i]->vm_lck_kb);
-    check(i, "io-uring", "VmPin", vm.kernel[i]->vm_pin_kb);
+    check(i, "VmLck", vm.kernel[i]->vm_lck_kb);
+    check(i, "VmPin", vm.kernel[i]->vm_pin_kb);
   }
 }
 

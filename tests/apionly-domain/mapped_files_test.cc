@@ -32,19 +32,25 @@ class MappedFilesTest : public ::testing::Test {
     return {MakeRange(BytesIn(iova_page), BytesIn(pages)), Access::kReadWrite, file_,
             BytesIn(file_page)};
   }
-  std::vector<Seen> Aliases(uint64_t file_page, uint64_t pages) const {
+  static std::vector<Seen> SeenOf(const std::vector<MappedFiles::View>& views) {
     std::vector<Seen> seen;
-    for (const auto& view : files_.aliases({file_.get(), {file_page, pages}})) {
+    for (const auto& view : views) {
       seen.emplace_back(view.iova.first, view.iova.count, view.file_page);
     }
     return seen;
+  }
+  std::vector<Seen> Aliases(uint64_t file_page, uint64_t pages) const {
+    return SeenOf(files_.aliases({file_.get(), {file_page, pages}}));
+  }
+  std::vector<Seen> Views(uint64_t file_page, uint64_t pages) const {
+    return SeenOf(files_.views({file_.get(), {file_page, pages}}));
   }
 
   GuestRam ram_{64 * kPageSize};
   GuestRam other_ram_{64 * kPageSize};
   std::shared_ptr<GuestFile> file_ = Open(ram_);
   std::shared_ptr<GuestFile> other_file_ = Open(other_ram_);
-  MappedFiles files_;
+  MappedFiles files_{/*indexed=*/true};
 };
 
 TEST_F(MappedFilesTest, HostAddressesLeadToPagesOfTheirFile) {
@@ -81,6 +87,35 @@ TEST_F(MappedFilesTest, CuttingAViewKeepsBothEnds) {
   files_.remove(MappingOf(200, 10, 0));
   files_.remove(MappingOf(214, 18, 14));
   EXPECT_THAT(Aliases(0, 32), IsEmpty()) << "each page is mapped once again";
+}
+
+TEST_F(MappedFilesTest, ViewsAreFoundByPageWhereEachIsMappedOnce) {
+  files_.add(MappingOf(100, 8, 32));
+  files_.add(MappingOf(200, 8, 16));  // a hole behind it
+  files_.add(MappingOf(108, 8, 40));
+  EXPECT_THAT(Views(20, 16), UnorderedElementsAre(Seen{204, 4, 20}, Seen{100, 4, 32}));
+  EXPECT_THAT(Views(32, 1), UnorderedElementsAre(Seen{100, 1, 32}));
+  EXPECT_THAT(Views(0, 64),
+              UnorderedElementsAre(Seen{200, 8, 16}, Seen{100, 8, 32}, Seen{108, 8, 40}));
+  EXPECT_THAT(Views(24, 8), IsEmpty());
+  EXPECT_THAT(Views(48, 16), IsEmpty());
+  files_.remove(MappingOf(202, 2, 18));
+  EXPECT_THAT(Views(16, 8), UnorderedElementsAre(Seen{200, 2, 16}, Seen{204, 4, 20}));
+  files_.add(MappingOf(300, 1, 17));  // twice now
+  EXPECT_THAT(Views(17, 4),
+              UnorderedElementsAre(Seen{201, 1, 17}, Seen{300, 1, 17}, Seen{204, 1, 20}));
+}
+
+TEST_F(MappedFilesTest, AFileIsFoundAsLongAsSomeOfItIsMapped) {
+  EXPECT_EQ(files_.find(file_->identity()), nullptr);
+  files_.add(MappingOf(100, 8, 32));
+  files_.add({MakeRange(0, kPageSize), Access::kRead, other_file_, 0});
+  EXPECT_EQ(files_.find(file_->identity()), file_.get());
+  EXPECT_EQ(files_.find(other_file_->identity()), other_file_.get());
+  files_.remove(MappingOf(100, 4, 32));
+  EXPECT_EQ(files_.find(file_->identity()), file_.get());
+  files_.remove(MappingOf(104, 4, 36));
+  EXPECT_EQ(files_.find(file_->identity()), nullptr);
 }
 
 TEST_F(MappedFilesTest, RemovingWhatWasNotAddedIsABug) {

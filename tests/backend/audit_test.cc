@@ -273,6 +273,31 @@ TEST_F(AuditVerifyTest, LockedPagesThatTheKernelDoesNotCountAreFound) {
   ExpectWrong("row 0 (vgpu): process " + std::to_string(getpid()) + " says that ", "not_locked");
 }
 
+TEST_F(AuditVerifyTest, WhatVfioMapsIsCountedWithWhatIsLocked) {
+  ASSERT_EQ(syscall(SYS_mlock, memory_, 40960), 0);
+  row_->set_locked_pages(6);
+  auto nic = ledger_->join(DomainKind::kAssignedDevice, "nic", "vfio-type1");
+  ASSERT_THAT(nic, IsOk());
+  (*nic)->set_locked_pages(4);
+  EXPECT_THAT(Verify().out, IsEmpty());
+  (*nic)->set_locked_pages(uint64_t{1} << 40);  // neither row alone
+  ExpectWrong("row 0 (vgpu): process " + std::to_string(getpid()) + " says that ", "not_locked");
+}
+
+TEST_F(AuditTest, WhatVfioCountsAgainIsNamed) {
+  auto ledger = Open();
+  auto nic = ledger->join(DomainKind::kAssignedDevice, "nic", "vfio-type1");
+  ASSERT_THAT(nic, IsOk());
+  ASSERT_THAT((*nic)->hold(kRam, 50000, {0, 100}), IsOk());
+  (*nic)->set_locked_pages(100);
+  EXPECT_THAT(Show().out, Not(HasSubstr("counted again")));
+  (*nic)->set_locked_pages(164);
+  EXPECT_THAT(Show().out, HasSubstr("  nic: pinned by vfio-type1 (VmLck), 1-page granules\n"
+                                    "  nic: 64 pages counted again by vfio-type1, at each further "
+                                    "iova\n"));
+  (*nic)->release(kRam, {0, 100});
+}
+
 TEST_F(AuditVerifyTest, RowOfADeadProcessIsFound) {
   const pid_t child = Fork([&] {
     auto ledger = Ledger::Open({dir_, kVm});

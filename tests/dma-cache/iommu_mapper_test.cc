@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "apionly-domain/assigned/software_iommu.h"
@@ -156,9 +157,11 @@ class SharedIommuMapperTest : public IommuMapperTest {
   void SetUp() override {
     IommuMapperTest::SetUp();
     mapper_.reset();
-    assigned_.emplace("nic", &*space_);
-    ASSERT_THAT(container_.attach(&*assigned_), IsOk());
-    mapper_.emplace(&*space_, &*assigned_);
+    auto assigned = domain::AssignedDomain::Create({.name = "nic"}, &*space_, /*ledger=*/nullptr);
+    ASSERT_THAT(assigned, IsOk());
+    assigned_ = std::move(*assigned);
+    ASSERT_THAT(container_.attach(assigned_.get()), IsOk());
+    mapper_.emplace(&*space_, assigned_.get());
     // IOVA pages 100-107 are RAM pages 8-15, and the page 108 is RAM page 20, for reading only.
     ASSERT_THAT(container_.map(ram_.map_request(BytesIn(100), BytesIn(8), BytesIn(8))), IsOk());
     ASSERT_THAT(
@@ -169,7 +172,7 @@ class SharedIommuMapperTest : public IommuMapperTest {
   void TearDown() override {
     UnmapAll();
     EXPECT_EQ(assigned_->used_pages(), 0u);
-    ASSERT_THAT(container_.detach(&*assigned_), IsOk());
+    ASSERT_THAT(container_.detach(assigned_.get()), IsOk());
   }
   // As the container's own mapping of the file has it.
   PinnedRun Pinned(uint64_t iova_page, uint64_t ram_page, uint64_t pages) {
@@ -177,7 +180,7 @@ class SharedIommuMapperTest : public IommuMapperTest {
   }
 
   domain::Container container_;
-  std::optional<domain::AssignedDomain> assigned_;
+  std::unique_ptr<domain::AssignedDomain> assigned_;
   std::byte* host_ = nullptr;
 };
 

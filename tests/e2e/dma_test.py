@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""A device that does DMA goes to the addresses that the cache returns, in a guest with QEMU's edu device.
+"""A device that does DMA goes to the addresses that the cache returns, and the kernel counts what the ledger says, in
+a guest with QEMU's edu device.
 
     dma_test.py PROGRAM TEST...     PROGRAM: dma_proof
 
@@ -42,6 +43,27 @@ class DmaTest(unittest.TestCase):
         self.assertTrue(any("revoked" in check for check in facts["ok"]))
         # 8 pages, locked by the pin and counted again by type1.
         self.assertEqual(facts["locked-pages-of-8-pinned-and-mapped"], ["16"])
+
+    def test_accounts(self):
+        facts = self.prove("accounts", ["-device", "intel-iommu", *EDU], "intel_iommu=on")
+        mib = 1 << 20
+
+        def counted(scenario, step):
+            """VmLck after a step, as the guest said it."""
+            found = [line for line in facts["account"] if line.startswith(f"{scenario}: {step}: process of vgpu: ")]
+            self.assertEqual(len(found), 1, f"{scenario}: {step}")
+            return int(found[0].split("VmLck ")[1].split()[0]) // mib
+
+        steps = ["1 MiB is pinned", "a device is assigned", "the same at a second iova", "the second iova goes",
+                 "the pin is released", "1 MiB is pinned again", "the device is detached", "the device is unplugged"]
+        # Locked and mapped, a page counts once; without the hand-over the kernel counts both.
+        self.assertEqual([counted("deduplicated", step) for step in steps], [1, 16, 32, 16, 16, 16, 1, 1])
+        self.assertEqual([counted("plain", step) for step in steps], [1, 17, 33, 17, 16, 17, 1, 1])
+        # What cannot be avoided: type1 counts each mapping of a page.
+        self.assertEqual(len(facts["counted-again"]), 2)
+        for line in facts["counted-again"]:
+            self.assertIn(f"edu: {16 * mib} bytes", line)
+        self.assertIn("RLIMIT_MEMLOCK is 8388608", facts["refused"][0])
 
     def test_physical(self):
         facts = self.prove("physical", EDU)

@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "apionly-domain/assigned/software_iommu.h"
 #include "apionly-domain/container.h"
@@ -28,7 +29,9 @@ class AssignedDomainTest : public DomainTest {
     auto iommu = std::make_unique<SoftwareIommu>();
     iommu_ = iommu.get();
     space_.emplace(std::move(iommu), AssignedSpace::Options{.prefer_below = Iova(0)});
-    assigned_.emplace("nic", &*space_);
+    auto assigned = AssignedDomain::Create({.name = "nic"}, &*space_, /*ledger=*/nullptr);
+    ASSERT_THAT(assigned, IsOk());
+    assigned_ = std::move(*assigned);
     ram_.fill_pattern();
   }
   void TearDown() override {
@@ -38,11 +41,11 @@ class AssignedDomainTest : public DomainTest {
     DomainTest::TearDown();
   }
   void Attach() {
-    ASSERT_THAT(container_.attach(&*assigned_), IsOk());
+    ASSERT_THAT(container_.attach(assigned_.get()), IsOk());
     is_attached_ = true;
   }
   void Detach() {
-    ASSERT_THAT(container_.detach(&*assigned_), IsOk());
+    ASSERT_THAT(container_.detach(assigned_.get()), IsOk());
     is_attached_ = false;
   }
   // What the device reads at an address: a byte of RAM, or nothing.
@@ -58,7 +61,7 @@ class AssignedDomainTest : public DomainTest {
 
   SoftwareIommu* iommu_ = nullptr;  // of space_
   std::optional<AssignedSpace> space_;
-  std::optional<AssignedDomain> assigned_;
+  std::unique_ptr<AssignedDomain> assigned_;
   bool is_attached_ = false;
 };
 
@@ -108,7 +111,7 @@ TEST_F(AssignedDomainTest, WhereTheIommuHasNoAddressesTheVmmsMappingIsRefused) {
 TEST_F(AssignedDomainTest, AnIommuThatTakesNoMoreRefusesToJoin) {
   Map(0x100000, 0, 0x1000);
   Map(0xfedff000, 0x8000, 0x2000);
-  EXPECT_THAT(container_.attach(&*assigned_), FailsWith(ErrorCode::kNotReachable));
+  EXPECT_THAT(container_.attach(assigned_.get()), FailsWith(ErrorCode::kNotReachable));
   EXPECT_EQ(space_->counters().mapped_pages, 0u);  // the first one has gone again
 }
 
@@ -170,7 +173,7 @@ TEST_F(AssignedDomainTest, ItDoesNotLeaveWhileItsAddressesAreInUse) {
   Attach();
   Map(0x100000, 0x4000, 0x1000);
   ASSERT_TRUE(Use(0x100000, 0x1000).address);
-  const auto detached = container_.detach(&*assigned_);
+  const auto detached = container_.detach(assigned_.get());
   ASSERT_THAT(detached, FailsWith(ErrorCode::kBusy));
   EXPECT_THAT(detached.error().message(), HasSubstr("nic"));
   EXPECT_EQ(Read(0x100000), *ram_.at(0x4000));

@@ -1,5 +1,6 @@
-// dma_proof iommu | physical: a device follows the addresses that the cache returns. Runs in the
-// test guest, see tests/vm/dma_test.py.
+// dma_proof iommu | physical: a device follows the addresses that the cache returns.
+// dma_proof accounts: what the kernel counts, and what the ledger says it does.
+// Runs in the test guest, see tests/e2e/dma_test.py.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -14,6 +15,7 @@
 #include "dma-cache/iommu_mapper.h"
 #include "dma-cache/physical_mapper.h"
 #include "tests/fakes/kernel_counters.h"
+#include "tests/vm/dma/accounts_proof.h"
 #include "tests/vm/dma/dma_proof.h"
 
 namespace mvgpu::testing {
@@ -112,20 +114,21 @@ void CheckReadOnly(Facts& facts, DmaProof& proof, EduDevice& edu, domain::Assign
 
 // An assigned device sees guest memory where the VMM put it, and the mapper uses these addresses.
 void CheckAssignedDomain(Facts& facts, domain::AssignedSpace& space, EduDevice& edu) {
-  domain::AssignedDomain assigned("edu", &space);
-  dma::IommuMapper mapper(&space, &assigned);
+  const auto assigned =
+      facts.must("assigned", domain::AssignedDomain::Create({.name = "edu"}, &space, nullptr));
+  dma::IommuMapper mapper(&space, assigned.get());
   {
     DmaProof proof(&facts, domain::MakeMlockPinBackend(), &mapper, &edu);
-    facts.must("attach", proof.container().attach(&assigned));
+    facts.must("attach", proof.container().attach(assigned.get()));
     {
       const DeviceUse low = proof.use(DmaProof::kLow, DmaProof::kLowHalf);
       facts.check("an assigned device's address is the guest's",
                   low.at(DmaProof::kLow) == DmaAddr(DmaProof::kLow));
       proof.check_copies();
     }
-    facts.must("detach", proof.container().detach(&assigned));
+    facts.must("detach", proof.container().detach(assigned.get()));
   }
-  facts.check("nothing is shared any more", assigned.used_pages() == 0);
+  facts.check("nothing is shared any more", assigned->used_pages() == 0);
 }
 
 int ProveIommu(Facts& facts) {
@@ -183,6 +186,7 @@ int main(int argc, char** argv) {
   const std::string_view mode = argc == 2 ? argv[1] : "";
   if (mode == "iommu") return mvgpu::testing::ProveIommu(facts);
   if (mode == "physical") return mvgpu::testing::ProvePhysical(facts);
-  fmt::print(stderr, "usage: dma_proof iommu | physical\n");
+  if (mode == "accounts") return mvgpu::testing::ProveAccounts(facts);
+  fmt::print(stderr, "usage: dma_proof iommu | physical | accounts\n");
   return 2;
 }
