@@ -108,6 +108,10 @@ void ApiOnlyDomain::on_map_done(const Mapping& mapping, bool mapped) {
     if (mapping.file != nullptr) on_unmap_done({mapping.iova, {&mapping, 1}}, /*unmapped=*/true);
   } else if (mapping.file != nullptr) {
     directory_.set_going(mapping.iova, false);
+    if (ledger_row_ != nullptr) {
+      ledger_row_->list_mapping(
+          {mapping.iova, mapping.access, mapping.file->identity(), mapping.file_offset});
+    }
   } else {
     MutexLock lock(fileless_mutex_);
     fileless_.emplace(mapping.iova.start().value(), mapping);

@@ -88,6 +88,7 @@ void ApiOnlyDomain::on_unmap_done(const Unmapping& unmapping, bool unmapped) {
       RemoveFileless(mapping.iova);
     } else {
       directory_.unmap(mapping.iova);
+      if (ledger_row_ != nullptr) ledger_row_->unlist_mapping(mapping.iova);
     }
   }
   {

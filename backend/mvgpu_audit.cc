@@ -1,7 +1,8 @@
 // mvgpu-audit: says, per VM, who pins what, what is shared and who is charged (show, watch), and
 // before a VM is started how much may be locked for it (preflight). Reads the ledgers that the
-// domains of a VM keep, without the help of the processes that wrote them, and changes nothing.
-// Whether the accounts can be true, it says too (verify).
+// domains of a VM keep, without the help of the processes that wrote them. Whether the accounts can
+// be true, it says too (verify), and what lies behind an address (explain). Two verbs change
+// ledgers: repair drops what the dead left, register adds devices that the VMM assigned by itself.
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
@@ -9,10 +10,15 @@
 #include <utility>
 #include <vector>
 
+#include "backend/audit/accounts.h"
 #include "backend/audit/console.h"
+#include "backend/audit/explain.h"
 #include "backend/audit/ledger_options.h"
 #include "backend/audit/metrics.h"
 #include "backend/audit/preflight.h"
+#include "backend/audit/recorded.h"
+#include "backend/audit/register.h"
+#include "backend/audit/repair.h"
 #include "backend/audit/report.h"
 #include "backend/audit/verify.h"
 #include "backend/audit/watch.h"
@@ -26,8 +32,8 @@ constexpr char kExitCodes[] =
     "  1  preflight: something is too small; verify: something about the accounts is wrong\n"
     "  2  wrong usage\n"
     "  3  show, verify: the VM that --vm names has no ledger\n"
-    "  4  a ledger or the runtime directory could not be read (the others were shown), or stdout\n"
-    "     not be written";
+    "  4  a ledger, the trace or the runtime directory could not be read (the others were shown),\n"
+    "     or stdout not be written";
 
 constexpr char kColumns[] =
     "Pages of 4096 bytes, per domain:\n"
@@ -49,13 +55,21 @@ struct ShowOptions {
   LedgerOptions ledgers;
   bool json = false;
   bool metrics = false;
+  std::string trace;
 
   void add_to(CLI::App& app) {
     CLI::App* const show = app.add_subcommand("show", "Show the accounts of every VM");
     show->footer(std::string(kColumns) + kExitCodes);
     ledgers.add_to(*show);
     auto* const as_json = show->add_flag("--json", json, "one JSON object instead of a table");
-    show->add_flag("--metrics", metrics, "OpenMetrics text instead of a table")->excludes(as_json);
+    auto* const as_metrics =
+        show->add_flag("--metrics", metrics, "OpenMetrics text instead of a table")
+            ->excludes(as_json);
+    show->add_option("--trace", trace, "the accounts of a recorded session instead")
+        ->excludes(as_metrics)
+        ->excludes("--vm")
+        ->excludes("--runtime-dir")
+        ->type_name("FILE");
   }
 };
 
@@ -73,33 +87,9 @@ struct VerifyOptions {
   }
 };
 
-// The accounts that the options ask for, or an exit code: the complaint is made.
-tl::expected<AuditReport, int> Read(const LedgerOptions& options) {
-  const auto fail = [](AuditExit exit, const std::string& message) {
-    return tl::unexpected<int>(Complain(exit, message));
-  };
-  const auto choice = Resolve(options);
-  if (!choice) return fail(kAuditUsage, choice.error().message());
-  auto report = Audit(choice->runtime_dir, choice->vm_uuid);
-  if (!report) return fail(kAuditUnreadable, report.error().message());
-  if (choice->vm_uuid && report->vms.empty() && report->unreadable.empty()) {
-    return fail(kAuditNoSuchVm,
-                "vm " + *choice->vm_uuid + " has no ledger in " + choice->runtime_dir);
-  }
-  return std::move(*report);
-}
-
-// Prints the answer, says what could not be read, and returns the exit code.
-int Answer(const std::string& text, const AuditReport& report, int exit_code) {
-  if (const int printed = Print(text); printed != kAuditOk) exit_code = printed;
-  for (const AuditReport::Unreadable& unreadable : report.unreadable) {
-    exit_code = Complain(kAuditUnreadable, unreadable.error.message());
-  }
-  return exit_code;
-}
-
 int Show(const ShowOptions& options) {
-  const auto report = Read(options.ledgers);
+  if (!options.trace.empty()) return ShowRecorded(options.trace, options.json);
+  const auto report = ReadAccounts(options.ledgers);
   if (!report) return report.error();
   const std::string text = options.json      ? ToJson(*report).dump(2) + "\n"
                            : options.metrics ? RenderMetrics(*report)
@@ -108,11 +98,11 @@ int Show(const ShowOptions& options) {
 }
 
 int VerifyAccounts(const VerifyOptions& options) {
-  auto report = Read(options.ledgers);
+  auto report = ReadAccounts(options.ledgers);
   if (!report) return report.error();
   std::vector<Finding> findings = Verify(*report);
   if (!findings.empty()) {
-    report = Read(options.ledgers);
+    report = ReadAccounts(options.ledgers);
     if (!report) return report.error();
     findings = Lasting(findings, Verify(*report));
   }
@@ -133,9 +123,15 @@ int Main(int argc, char** argv) {
   VerifyOptions verify_options;
   WatchOptions watch_options;
   PreflightOptions preflight_options;
+  ExplainOptions explain_options;
+  RepairOptions repair_options;
+  RegisterOptions register_options;
   show_options.add_to(app);
   const CLI::App* const verify = verify_options.add_to(app);
   const CLI::App* const watch = watch_options.add_to(app);
+  const CLI::App* const explain = explain_options.add_to(app);
+  const CLI::App* const repair = repair_options.add_to(app);
+  const CLI::App* const enroll = register_options.add_to(app);
   const CLI::App* const preflight = preflight_options.add_to(app);
   // The library reports everything, --help included, by throwing.
   try {
@@ -149,6 +145,9 @@ int Main(int argc, char** argv) {
   }
   if (verify->parsed()) return VerifyAccounts(verify_options);
   if (watch->parsed()) return Watch(watch_options);
+  if (explain->parsed()) return Explain(explain_options);
+  if (repair->parsed()) return Repair(repair_options);
+  if (enroll->parsed()) return Register(register_options);
   if (preflight->parsed()) return Preflight(std::move(preflight_options));
   return Show(show_options);
 }

@@ -86,6 +86,7 @@ json ToJson(const std::string& name, const Player::Outcome& outcome, const Playe
       {"mapper", mapper},
       {"frame_hashes", hashes},
       {"pages_touched", player.pages().rows().size()},
+      {"accounts", ToJson(player.recorded_accounts())},
       {"all_released", outcome.all_released},
   };
 }

@@ -6,6 +6,7 @@
 
 #include "apionly-domain/api_only_domain.h"
 #include "apionly-domain/container.h"
+#include "backend/trace/trace_accounts.h"
 #include "backend/trace/trace_format.h"
 #include "gpu-model/display/display.h"
 
@@ -42,6 +43,8 @@ class SessionObserver : public domain::AccessObserver {
   virtual void on_request(uint16_t queue, std::span<const std::byte> bytes) = 0;
   virtual void on_response(uint16_t queue, std::span<const std::byte> bytes) = 0;
   virtual void on_frame(uint32_t scanout, gpu::Size size, uint64_t hash) = 0;
+  // The accounts after whatever changed them.
+  virtual void on_accounts(const AccountFigures& figures) = 0;
 };
 
 }  // namespace mvgpu::backend

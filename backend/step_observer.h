@@ -45,6 +45,7 @@ class StepObserver final : public SessionObserver {
   }
   void on_reset() override { observer_.on_reset(); }
   void on_step(uint16_t queue) override { observer_.on_step(queue); }
+  void on_accounts(const AccountFigures& figures) override { observer_.on_accounts(figures); }
 
  private:
   enum class Kind : uint8_t { kGuestRead, kRequest, kResponse, kFrame };

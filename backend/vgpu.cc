@@ -193,6 +193,23 @@ void Vgpu::ShowCache() {
                        .evicted_pages = now.evicted_pages});
 }
 
+void Vgpu::TellAccounts() {
+  if (observer_ == nullptr) return;
+  const domain::ApiOnlyDomain::Counters now = domain_->counters();
+  const AccountFigures figures{now.mapped_pages, now.pinned_pages, now.unique_pages,
+                               now.charged_pages, now.locked_pages};
+  if (figures == std::exchange(told_accounts_, figures)) return;
+  observer_->on_accounts(figures);
+}
+
+void Vgpu::TellAccountsOfStep() {
+  if (observer_ == nullptr) return;
+  // All pins are the cache's. Counting charges takes time, and there are many steps.
+  const dma::DmaCache::Counters cache = cache_->counters();
+  const uint64_t changes = cache.miss_pages + cache.unmapped_pages;
+  if (changes != std::exchange(told_cache_changes_, changes)) TellAccounts();
+}
+
 bool Vgpu::Try(Step& step) {
   tried_queue_ = step.queue;
   step_memory_.begin_attempt();
@@ -205,6 +222,7 @@ bool Vgpu::Try(Step& step) {
   if (observer_ != nullptr) {
     observer_->pass_on();
     observer_->on_step(step.queue);
+    TellAccountsOfStep();
   }
   step_memory_.forget_reads();
   step.is_done = true;
@@ -320,6 +338,7 @@ void Vgpu::reset() {
   if (observer_ != nullptr) observer_->on_reset();
   device_->vfio_device().reset();
   ShowCache();
+  TellAccounts();
 }
 
 Result<void> Vgpu::dma_map(domain::Container::MapRequest request) {
@@ -332,6 +351,7 @@ Result<void> Vgpu::dma_map(domain::Container::MapRequest request) {
   step_memory_.forget_reads();
   MVGPU_RETURN_IF_ERROR(device_->vfio_device().dma_map(std::move(request)));
   if (observer_ != nullptr) observer_->on_map(*range, access, backing);
+  TellAccounts();
   if (container_->unsealed_files_seen() != unsealed) owner_->on_unsealed_memory(*range);
   return {};
 }
@@ -342,6 +362,7 @@ Result<uint64_t> Vgpu::dma_unmap(Iova start, uint64_t size) {
   MVGPU_ASSIGN_OR_RETURN(const uint64_t bytes, device_->vfio_device().dma_unmap(start, size));
   ShowCache();
   if (observer_ != nullptr) observer_->on_unmap(start, size);
+  TellAccounts();
   return bytes;
 }
 
@@ -351,6 +372,7 @@ Result<uint64_t> Vgpu::dma_unmap_all() {
   MVGPU_ASSIGN_OR_RETURN(const uint64_t bytes, device_->vfio_device().dma_unmap_all());
   ShowCache();
   if (observer_ != nullptr) observer_->on_unmap_all();
+  TellAccounts();
   return bytes;
 }
 

@@ -141,6 +141,10 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   bool MayWrite(uint16_t queue) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // For the reader of the accounts, after whatever may have changed what is cached.
   void ShowCache() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // For the observer, after whatever may have changed the accounts: tells it when they did.
+  void TellAccounts() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The same after a step, which mostly pins nothing.
+  void TellAccountsOfStep() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Take(Step& step) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   void on_driver_reset() override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -187,6 +191,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   StepMemory step_memory_ ABSL_GUARDED_BY(mutex_);
   uint16_t tried_queue_ ABSL_GUARDED_BY(mutex_) = 0;  // the last one; writes that wait are its
   bool has_used_remote_ ABSL_GUARDED_BY(mutex_) = false;
+  AccountFigures told_accounts_ ABSL_GUARDED_BY(mutex_);
+  uint64_t told_cache_changes_ ABSL_GUARDED_BY(mutex_) = 0;  // misses and unmapped pages until then
   // In the order of their making: each uses those above it. Set once by Assemble().
   std::unique_ptr<domain::Ledger> ledger_;
   const std::unique_ptr<domain::Container> container_;

@@ -1,17 +1,15 @@
 #include "apionly-domain/accounting/ledger.h"
 
-#include <fcntl.h>
 #include <fmt/format.h>
-#include <sys/file.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <cstdlib>
 #include <utility>
 
+#include "apionly-domain/accounting/ledger_file.h"
 #include "apionly-domain/accounting/ledger_store.h"
-#include "apionly-domain/accounting/ledger_view.h"
 #include "apionly-domain/accounting/row_holds.h"
+#include "apionly-domain/accounting/row_mappings.h"
 #include "apionly-domain/accounting/runtime_dir.h"
 #include "apionly-domain/base/check.h"
 #include "apionly-domain/base/mutex.h"
@@ -20,93 +18,12 @@ namespace mvgpu::domain {
 
 namespace {
 
-// Files come and go only with the directory locked, so nobody is left with a file that was removed.
-class LedgerFile {
- public:
-  LedgerFile(RuntimeDir dir, std::string vm_uuid, ProcessId self)
-      : dir_(std::move(dir)),
-        vm_uuid_(std::move(vm_uuid)),
-        name_(LedgerFileName(vm_uuid_)),
-        self_(self) {}
-
-  // REQUIRES of all three: the directory is locked.
-  Result<std::unique_ptr<LedgerStore>> OpenOrCreate() const;
-  bool is_current(const LedgerStore& store) const { return dir_.leads_to(name_, store.fd()); }
-  void Remove(const LedgerStore& store) const {
-    if (is_current(store)) ::unlinkat(dir_.fd(), name_.c_str(), 0);
-  }
-
-  Result<UniqueFd> LockDirectory() const { return dir_.lock(); }
-  std::string path() const { return dir_.path_of(name_); }
-
- private:
-  Result<std::unique_ptr<LedgerStore>> Create() const;
-  Result<UniqueFd> CreateHidden(const std::string& name) const;
-
-  RuntimeDir dir_;
-  std::string vm_uuid_;
-  std::string name_;
-  ProcessId self_;
-};
-
-Result<std::unique_ptr<LedgerStore>> LedgerFile::OpenOrCreate() const {
-  auto file = dir_.open_file(name_, O_RDWR);
-  if (!file && file.error().sys_errno() == ENOENT) return Create();
-  if (!file) return tl::unexpected<Error>(std::move(file).error());
-  struct stat st = {};
-  if (::fstat(file->get(), &st) != 0) return FailSystem(errno, "cannot stat " + path());
-  if ((st.st_mode & 0077) != 0) {
-    return Fail(
-        ErrorCode::kPermission,
-        fmt::format("{} has mode {:04o}: others may open it; if it is yours, chmod it to 0600",
-                    path(), st.st_mode & 07777));
-  }
-  // Nothing is changed before everything in it was found to be in order.
-  MVGPU_RETURN_IF_ERROR(CheckLedgerFile(file->get(), path(), vm_uuid_));
-  if (::flock(file->get(), LOCK_EX | LOCK_NB) == 0) {
-    // Nobody has it open: what is in there, its lock included, was left by processes that are dead.
-    ::unlinkat(dir_.fd(), name_.c_str(), 0);
-    return Create();
-  }
-  if (::flock(file->get(), LOCK_SH | LOCK_NB) != 0) {
-    return Fail(ErrorCode::kBusy, fmt::format("{} is locked by a program of another kind", path()));
-  }
-  MVGPU_ASSIGN_OR_RETURN(auto memory, LedgerMemory::Map(std::move(*file), path()));
-  auto store = std::make_unique<LedgerStore>(std::move(memory), self_);
-  MVGPU_RETURN_IF_ERROR(store->reclaim());
-  return store;
-}
-
-Result<std::unique_ptr<LedgerStore>> LedgerFile::Create() const {
-  const std::string hidden = "." + name_ + ".new";  // not seen by readers before it is complete
-  MVGPU_ASSIGN_OR_RETURN(UniqueFd fd, CreateHidden(hidden));
-  auto memory = LedgerMemory::Create(std::move(fd), path(), vm_uuid_);
-  if (memory && ::renameat(dir_.fd(), hidden.c_str(), dir_.fd(), name_.c_str()) == 0) {
-    return std::make_unique<LedgerStore>(std::move(*memory), self_);
-  }
-  const int rename_errno = errno;
-  ::unlinkat(dir_.fd(), hidden.c_str(), 0);
-  if (!memory) return tl::unexpected<Error>(std::move(memory).error());
-  return FailSystem(rename_errno, fmt::format("cannot make {}", path()));
-}
-
-Result<UniqueFd> LedgerFile::CreateHidden(const std::string& name) const {
-  ::unlinkat(dir_.fd(), name.c_str(), 0);  // of a process that died while it made one
-  UniqueFd fd(
-      ::openat(dir_.fd(), name.c_str(), O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600));
-  if (!fd.is_valid() || ::fchmod(fd.get(), 0600) != 0 ||
-      ::flock(fd.get(), LOCK_SH | LOCK_NB) != 0) {
-    return FailSystem(errno, fmt::format("cannot make {}", path()));
-  }
-  return fd;
-}
-
 class SharedLedger;
 
 class SharedLedgerRow final : public LedgerRow {
  public:
   SharedLedgerRow(SharedLedger* ledger, LedgerStore* store, LedgerStore::RowId id)
-      : ledger_(ledger), store_(store), id_(id), holds_(*store, id) {}
+      : ledger_(ledger), store_(store), id_(id), holds_(*store, id), mappings_(*store, id) {}
   ~SharedLedgerRow() override;
 
   Result<void> hold(const FileIdentity& file, uint64_t file_pages, PageRun pages) override {
@@ -146,6 +63,9 @@ class SharedLedgerRow final : public LedgerRow {
     Set(&ledger_format::RowRecord::cache_evicted_pages, figures.evicted_pages);
   }
 
+  void list_mapping(const LedgerMapping& mapping) override { mappings_.add(mapping); }
+  void unlist_mapping(IovaRange part) override { mappings_.remove(part); }
+
   Counts counts() const override {
     if (!store_->owns(id_)) return {};
     const ledger_format::RowRecord& row = store_->row(id_.index);
@@ -162,6 +82,7 @@ class SharedLedgerRow final : public LedgerRow {
   LedgerStore* const store_;    // the ledger's; it is not replaced while there are rows
   const LedgerStore::RowId id_;
   RowHolds holds_;
+  RowMappings mappings_;
   uint64_t held_pages_ = 0;  // what we did ourselves, whatever the file says
 };
 
@@ -182,18 +103,38 @@ class SharedLedger final : public Ledger {
                                           std::string_view pin_backend) override {
     MutexLock lock(mutex_);
     MVGPU_ASSIGN_OR_RETURN(const UniqueFd directory, file_.LockDirectory());
-    if (!file_.is_current(*store_)) {
-      if (own_rows_ != 0) {
-        return Fail(ErrorCode::kRevoked,
-                    fmt::format("somebody removed {} while {} rows of it are in use here", path_,
-                                own_rows_));
-      }
-      MVGPU_ASSIGN_OR_RETURN(store_, file_.OpenOrCreate());  // the last row of the VM had left
-    }
+    MVGPU_RETURN_IF_ERROR(FollowFile());
     MVGPU_ASSIGN_OR_RETURN(const LedgerStore::RowId id,
                            store_->add_row({static_cast<uint32_t>(kind), name, pin_backend}));
     ++own_rows_;
     return std::make_unique<SharedLedgerRow>(this, store_.get(), id);
+  }
+
+  Result<unsigned> enroll(const Enrolment& enrolment) override {
+    MutexLock lock(mutex_);
+    // Held to the end: so nobody else does the same for this process meanwhile.
+    MVGPU_ASSIGN_OR_RETURN(const UniqueFd directory, file_.LockDirectory());
+    MVGPU_RETURN_IF_ERROR(FollowFile());
+    MVGPU_RETURN_IF_ERROR(CheckOwner(enrolment.owner));
+    MVGPU_ASSIGN_OR_RETURN(const LedgerStore::RowId id,
+                           store_->add_row({static_cast<uint32_t>(enrolment.kind), enrolment.name,
+                                            enrolment.pin_backend}));
+    // Ours until it is complete: were we killed, it would go like any other of ours.
+    auto outcome = Fill(id, enrolment.holdings);
+    if (outcome) outcome = store_->give_row(id, enrolment.owner);
+    if (outcome) return id.index;
+    store_->remove_row(id);
+    return tl::unexpected<Error>(std::move(outcome).error());
+  }
+
+  Result<void> withdraw(const ProcessId& owner) override {
+    MutexLock lock(mutex_);
+    MVGPU_ASSIGN_OR_RETURN(const UniqueFd directory, file_.LockDirectory());
+    MVGPU_RETURN_IF_ERROR(FollowFile());
+    MVGPU_ASSIGN_OR_RETURN(const unsigned dropped, store_->drop_given_rows(owner));
+    if (dropped != 0) return {};
+    return Fail(ErrorCode::kNotMapped,
+                fmt::format("no row of {} was registered for process {}", path_, owner.pid));
   }
 
   void Leave(LedgerStore::RowId id) {
@@ -209,6 +150,45 @@ class SharedLedger final : public Ledger {
   const std::string& path() const override { return path_; }
 
  private:
+  // The file may have gone with the last row of the VM. REQUIRES: the directory is locked.
+  Result<void> FollowFile() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (file_.is_current(*store_)) return {};
+    if (own_rows_ != 0) {
+      return Fail(
+          ErrorCode::kRevoked,
+          fmt::format("somebody removed {} while {} rows of it are in use here", path_, own_rows_));
+    }
+    MVGPU_ASSIGN_OR_RETURN(store_, file_.OpenOrCreate());
+    return {};
+  }
+  Result<void> CheckOwner(const ProcessId& owner) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (LivenessOf(owner) != Liveness::kAlive) {
+      return Fail(ErrorCode::kNotMapped,
+                  fmt::format("process {} is not alive, or of another pid namespace", owner.pid));
+    }
+    for (unsigned i = 0; i < ledger_format::kMaxRows; ++i) {
+      const ledger_format::RowRecord& row = store_->row(i);
+      if (!ledger_format::IsRegistered(row) || OwnerOf(row) != owner) continue;
+      return Fail(ErrorCode::kOverlap,
+                  fmt::format("process {} is registered already, as row {} of {}; undo that first",
+                              owner.pid, i, path_));
+    }
+    return {};
+  }
+  Result<void> Fill(LedgerStore::RowId id, std::span<const Enrolment::Holding> holdings)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    RowHolds holds(*store_, id);
+    uint64_t pages = 0;
+    for (const Enrolment::Holding& holding : holdings) {
+      MVGPU_RETURN_IF_ERROR(holds.hold(holding.file, holding.file_pages, holding.pages));
+      pages += holding.pages.count;
+    }
+    ledger_format::StoreWord(store_->row(id.index).mapped_pages, pages);
+    ledger_format::StoreWord(store_->row(id.index).pinned_pages, pages);
+    ledger_format::StoreWord(store_->row(id.index).locked_pages, pages);
+    return {};
+  }
+
   const LedgerFile file_;
   const std::string path_;
   Mutex mutex_;  // before the directory's lock, which is before the ledger's

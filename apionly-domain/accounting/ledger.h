@@ -2,8 +2,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 
+#include "apionly-domain/access.h"
+#include "apionly-domain/accounting/process_info.h"
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
 #include "apionly-domain/memory/guest_file.h"
@@ -23,6 +27,19 @@ struct CacheFigures {
   uint64_t evicted_pages = 0;  // and those that went for others
 
   bool operator==(const CacheFigures&) const = default;
+};
+
+// Where a domain sees pages of a file, for those who have an address and ask about it.
+struct LedgerMapping {
+  IovaRange iova;
+  Access access;
+  FileIdentity file;
+  uint64_t file_offset = 0;  // bytes; of the first IOVA
+
+  // The part of this mapping in `part`. REQUIRES: iova.contains(part).
+  LedgerMapping slice(IovaRange part) const {
+    return {part, access, file, file_offset + (part.start() - iova.start())};
+  }
 };
 
 // One domain's row in the ledger of its VM (ledger_format.h). The row says which backing pages the
@@ -61,6 +78,12 @@ class LedgerRow {
   virtual void set_granule_pages(uint32_t pages) = 0;
   virtual void set_cache(const CacheFigures& figures) = 0;
 
+  // The domain's mappings, for the reader of the accounts. What does not fit (16384 of a row, or no
+  // memory) is counted in the ledger and not listed. One call of these two at a time. `part`: a
+  // mapping that was listed, or a part of one.
+  virtual void list_mapping(const LedgerMapping& mapping) = 0;
+  virtual void unlist_mapping(IovaRange part) = 0;
+
   struct Counts {
     uint64_t unique_pages = 0;   // held by this row, by backing page
     uint64_t charged_pages = 0;  // of these, paid for by this row
@@ -93,6 +116,29 @@ class Ledger {
   // must outlive the row.
   virtual Result<std::unique_ptr<LedgerRow>> join(DomainKind kind, std::string_view name,
                                                   std::string_view pin_backend) = 0;
+
+  // A domain of another process that does not know of the ledger: a device that the VMM assigned
+  // to the VM by itself. Its row outlives this object and this process; it is dropped like any
+  // other when its owner is dead.
+  struct Enrolment {
+    ProcessId owner;
+    DomainKind kind = DomainKind::kAssignedDevice;
+    std::string_view name;
+    std::string_view pin_backend;
+    struct Holding {
+      FileIdentity file;
+      uint64_t file_pages = 0;
+      PageRun pages;
+    };
+    std::span<const Holding> holdings;  // no page twice
+  };
+  // Adds the row with all it holds, or nothing; its number. Errors: kOverlap (the process has such
+  // a row already), kNotMapped (it is not alive), those of join() and hold().
+  virtual Result<unsigned> enroll(const Enrolment& enrolment) = 0;
+  // Drops the rows that were added for this process. Errors: kNotMapped (there is none), kBusy,
+  // kCorrupt, kSystem.
+  virtual Result<void> withdraw(const ProcessId& owner) = 0;
+
   virtual const std::string& path() const = 0;
 };
 

@@ -1,6 +1,6 @@
 #pragma once
 
-// The ledger file: <runtime dir>/<vm uuid>.ledger, version 2.
+// The ledger file: <runtime dir>/<vm uuid>.ledger, version 3.
 //
 // One file per VM, shared memory for every process with a domain of that VM. Little-endian; offsets
 // in bytes from the start of the file; segments aligned to 4096. The file is sparse: space is never
@@ -15,6 +15,7 @@
 //   segment: SegmentHeader (64), directory (1 bit per chunk), padding to 4096, chunks of 4096 bytes
 //     hold   one per (file, row): 1 bit per page that the row holds, 32768 pages per chunk
 //     payer  at most one per file: 1 byte per page, row + 1 or 0 (nobody), 4096 pages per chunk
+//     mapping  at most one per row: MappingEntry[16384], 64 per chunk
 //
 // A chunk whose directory bit is 0 is all zero and must not be touched: in a sparse tmpfs file even
 // a read through a mapping allocates memory, and raises SIGBUS when there is none. A chunk is
@@ -47,6 +48,13 @@
 //   `sequence` is odd while the lock is held. When a process dies inside, the next one that takes
 //   the lock drops the rows of the dead. There is nothing else to repair: no sum over rows is kept.
 //
+// Where pages are seen
+//   A row of a domain that has a container lists its mappings, IOVAs to pages of files, for people
+//   who have an address and ask about it; nothing is charged by them. Only the row's own process
+//   writes the entries. One counts iff its `token` is the row's: so nobody has to clear what an
+//   earlier owner of the row left. RowRecord::mapping_sequence is odd while entries change. What
+//   does not fit is counted (`unlisted_mappings`), and missing.
+//
 // Readers take no lock: they copy the file with pread(). A copy during which neither `sequence` nor
 // any row's `changes` moved is exact. In any other one a row's bits differ from those of a moment
 // within the read by no more pages than its counters say that it took or gave away meanwhile:
@@ -54,7 +62,8 @@
 //
 // Liveness of a row's owner: (pid, start time) of a process of the same pid namespace. Whoever has
 // the ledger open also holds a shared flock() on it, so a ledger without any has no living owner at
-// all.
+// all, but for those of rows that somebody else added for them (kRowRegistered): these processes
+// know nothing of the ledger.
 
 #include <pthread.h>
 
@@ -66,11 +75,12 @@
 namespace mvgpu::domain::ledger_format {
 
 inline constexpr uint64_t kMagic = 0x52474c555047564d;  // "MVGPULGR" in memory
-inline constexpr uint32_t kVersion = 2;
+inline constexpr uint32_t kVersion = 3;
 inline constexpr uint32_t kPageShift = 12;
 inline constexpr uint64_t kAlignment = 4096;
 inline constexpr uint32_t kMaxRows = 64;
 inline constexpr uint32_t kMaxFiles = 256;
+inline constexpr uint32_t kMaxMappings = 16384;  // listed, of one row
 
 inline constexpr uint64_t kRowTable = 4096;
 inline constexpr uint64_t kFileTable = 20480;
@@ -109,6 +119,8 @@ struct LedgerHeader {
 };
 
 enum RowState : uint32_t { kRowFree = 0, kRowActive = 1 };
+// The owner does not know of its row: what the row holds, another process put there once.
+enum RowFlags : uint32_t { kRowRegistered = 1 };
 
 struct RowRecord {
   uint32_t state;          // written last, when a domain joins and when its row is dropped
@@ -118,8 +130,11 @@ struct RowRecord {
   uint64_t start_time;     // of the process, field 22 of /proc/PID/stat
   uint64_t pid_namespace;  // inode of /proc/PID/ns/pid; 0: unknown
   char name[56];           // zero-terminated
-  char pin_backend[24];    // zero-terminated
-  uint8_t reserved1[16];
+  char pin_backend[16];    // zero-terminated
+  uint32_t flags;          // RowFlags
+  uint32_t unlisted_mappings;
+  uint64_t mapping_segment;  // 0: none. Stays when a row leaves, for the next one of that number.
+  uint64_t mapping_sequence;
 
   // Figures, written by the owner alone.
   alignas(64) uint64_t mapped_pages;
@@ -162,7 +177,7 @@ struct FileRecord {
   uint8_t reserved3[448];
 };
 
-enum SegmentKind : uint32_t { kHoldSegment = 1, kPayerSegment = 2 };
+enum SegmentKind : uint32_t { kHoldSegment = 1, kPayerSegment = 2, kMappingSegment = 3 };
 inline constexpr uint32_t kSegmentMagic = 0x4753564d;  // "MVSG" in memory
 inline constexpr uint64_t kChunkBytes = 4096;
 inline constexpr uint64_t kPagesPerWord = 64;
@@ -170,12 +185,26 @@ inline constexpr uint64_t kWordsPerChunk = kChunkBytes / sizeof(uint64_t);
 inline constexpr uint64_t kPagesPerHoldChunk = kChunkBytes * 8;
 inline constexpr uint64_t kPagesPerPayerChunk = kChunkBytes;
 
+// IOVAs [iova, iova + bytes) are the file's bytes from file_offset on.
+struct MappingEntry {
+  uint64_t token;  // RowRecord::token of whose it is; 0: free
+  uint64_t iova;
+  uint64_t bytes;
+  uint64_t device;
+  uint64_t inode;
+  uint64_t file_offset;
+  uint32_t access;  // 1 read, 2 write, 3 both
+  uint32_t reserved;
+  uint64_t reserved2;
+};
+inline constexpr uint64_t kMappingsPerChunk = kChunkBytes / sizeof(MappingEntry);
+
 struct SegmentHeader {
   uint32_t magic;
   uint32_t kind;
-  uint32_t file;  // index of its FileRecord
-  uint32_t row;   // hold segments; 0 in payer segments
-  uint64_t pages;
+  uint32_t file;   // index of its FileRecord; 0 in mapping segments
+  uint32_t row;    // hold and mapping segments; 0 in payer segments
+  uint64_t pages;  // that there is room for; or mappings
   uint64_t chunks;
   uint64_t data;   // offset of the first chunk from the segment's start
   uint64_t bytes;  // of the segment in all
@@ -190,7 +219,9 @@ struct SegmentGeometry {
 };
 // REQUIRES: 0 < pages <= kMaxPagesPerFile.
 constexpr SegmentGeometry GeometryOf(uint32_t kind, uint64_t pages) {
-  const uint64_t per_chunk = kind == kHoldSegment ? kPagesPerHoldChunk : kPagesPerPayerChunk;
+  const uint64_t per_chunk = kind == kHoldSegment    ? kPagesPerHoldChunk
+                             : kind == kPayerSegment ? kPagesPerPayerChunk
+                                                     : kMappingsPerChunk;
   const uint64_t chunks = (pages + per_chunk - 1) / per_chunk;
   const uint64_t head = sizeof(SegmentHeader) + (chunks + 63) / 64 * sizeof(uint64_t);
   const uint64_t data = (head + kAlignment - 1) / kAlignment * kAlignment;
@@ -206,6 +237,8 @@ static_assert(offsetof(LedgerHeader, file_count) == 224);
 static_assert(sizeof(RowRecord) == 256);
 static_assert(offsetof(LedgerHeader, next_layout) == 248);
 static_assert(offsetof(RowRecord, name) == 32);
+static_assert(offsetof(RowRecord, flags) == 104);
+static_assert(offsetof(RowRecord, mapping_segment) == 112);
 static_assert(offsetof(RowRecord, mapped_pages) == 128);
 static_assert(offsetof(RowRecord, changes) == 192);
 static_assert(offsetof(RowRecord, token) == 216);
@@ -216,12 +249,19 @@ static_assert(offsetof(FileRecord, hold_segment) == 64);
 static_assert(kSegments == kFileTable + kMaxFiles * sizeof(FileRecord));
 static_assert(kSegments % kAlignment == 0);
 static_assert(sizeof(SegmentHeader) == 64);
+static_assert(sizeof(MappingEntry) == 64 && kMaxMappings % kMappingsPerChunk == 0);
+static_assert(offsetof(MappingEntry, access) == 48);
 static_assert(kMaxRows <= 64, "holder_rows has one bit per row, a payer byte holds row + 1");
 static_assert(sizeof(pthread_mutex_t) <= sizeof(LedgerHeader::lock));
 static_assert(std::is_trivially_copyable_v<LedgerHeader> &&
-              std::is_trivially_copyable_v<RowRecord> && std::is_trivially_copyable_v<FileRecord>);
+              std::is_trivially_copyable_v<RowRecord> && std::is_trivially_copyable_v<FileRecord> &&
+              std::is_trivially_copyable_v<MappingEntry>);
 static_assert(std::atomic_ref<uint64_t>::is_always_lock_free,
               "counters are shared between processes");
+
+constexpr bool IsRegistered(const RowRecord& row) {
+  return row.state == kRowActive && (row.flags & kRowRegistered) != 0;
+}
 
 // Words that others may look at meanwhile. Relaxed: each is a fact of its own and orders nothing.
 template <typename T>

@@ -78,6 +78,11 @@ Result<std::unique_ptr<LedgerMemory>> LedgerMemory::Create(UniqueFd fd, std::str
   return memory;
 }
 
+Result<void> LedgerMemory::renew_lock() {
+  std::memset(header().lock, 0, sizeof(LedgerHeader::lock));
+  return InitializeLock(header().lock);
+}
+
 LedgerMemory::~LedgerMemory() { ::munmap(base_, ledger_format::kMaxFileBytes); }
 
 RowRecord& LedgerMemory::row(unsigned index) const {

@@ -9,10 +9,15 @@
 #include <utility>
 
 #include "apionly-domain/accounting/ledger_format.h"
+#include "apionly-domain/accounting/process_info.h"
 #include "apionly-domain/base/error.h"
 #include "apionly-domain/base/unique_fd.h"
 
 namespace mvgpu::domain {
+
+inline ProcessId OwnerOf(const ledger_format::RowRecord& row) {
+  return {row.pid, row.start_time, row.pid_namespace};
+}
 
 // A segment of the ledger file, whose header was found to be in order. Points into the mapping.
 struct LedgerSegment {
@@ -49,6 +54,9 @@ class LedgerMemory {
   // Maps a file that CheckLedgerFile() found to be in order. Errors: kSystem.
   static Result<std::unique_ptr<LedgerMemory>> Map(UniqueFd fd, std::string path);
   ~LedgerMemory();
+  // Makes the lock anew, for a file that the dead have left. REQUIRES: nobody else has it open.
+  // Errors: kSystem.
+  Result<void> renew_lock();
   LedgerMemory(const LedgerMemory&) = delete;
   LedgerMemory& operator=(const LedgerMemory&) = delete;
 
@@ -67,7 +75,7 @@ class LedgerMemory {
   // Makes an empty segment of `pages` pages; returns its offset. Errors: kLimit (file system or
   // ledger full), kSystem.
   Result<uint64_t> add_segment(uint32_t kind, unsigned file, unsigned row, uint64_t pages);
-  // nullopt when no such segment is at the offset; row is 0 for payer segments.
+  // nullopt when no such segment is at the offset; row is 0 for payer segments, file for mappings.
   std::optional<LedgerSegment> segment(uint64_t offset, uint32_t kind, unsigned file,
                                        unsigned row) const;
   // What the file's record leads to. REQUIRES: file < file_count(), row < kMaxRows.
@@ -76,6 +84,9 @@ class LedgerMemory {
   }
   std::optional<LedgerSegment> payer_segment(unsigned file) const {
     return segment(this->file(file).payer_segment, ledger_format::kPayerSegment, file, 0);
+  }
+  std::optional<LedgerSegment> mapping_segment(unsigned row) const {
+    return segment(this->row(row).mapping_segment, ledger_format::kMappingSegment, 0, row);
   }
   // After this the chunk may be written. Errors: kLimit (file system full), kInvalid (no such
   // chunk).

@@ -49,8 +49,6 @@ void CopyName(char (&to)[N], std::string_view from) {
   std::memcpy(to, from.data(), length);
 }
 
-ProcessId OwnerOf(const RowRecord& row) { return {row.pid, row.start_time, row.pid_namespace}; }
-
 pthread_mutex_t* LockOf(LedgerHeader& header) {
   return reinterpret_cast<pthread_mutex_t*>(header.lock);
 }
@@ -120,6 +118,12 @@ bool LedgerStore::LockForRelease(std::optional<Guard>& guard) {
   }
 }
 
+tl::unexpected<Error> LedgerStore::Dropped(RowId id) const {
+  return Fail(ErrorCode::kRevoked,
+              fmt::format("row {} of {} was dropped: another process took process {} for dead",
+                          id.index, memory_->path(), self_.pid));
+}
+
 void LedgerStore::RepairLocked() {
   LedgerHeader& header = memory_->header();
   // Its /proc entry outlives its lock for a moment: whoever died in here is dead, whatever it says
@@ -152,7 +156,8 @@ unsigned LedgerStore::ReclaimLocked() {
   for (unsigned i = 0; i < ledger_format::kMaxRows; ++i) {
     RowRecord& row = memory_->row(i);
     if (row.state != ledger_format::kRowActive) continue;
-    if (LivenessOf(OwnerOf(row)) == Liveness::kDead) {
+    // Without a token: somebody died who was about to drop it.
+    if (row.token == 0 || LivenessOf(OwnerOf(row)) == Liveness::kDead) {
       DropRowLocked(i);
     } else {
       ++live;
@@ -172,7 +177,11 @@ Result<LedgerStore::RowId> LedgerStore::add_row(const RowInfo& info) {
   for (unsigned i = 0; i < ledger_format::kMaxRows; ++i) {
     RowRecord& row = memory_->row(i);
     if (row.state == ledger_format::kRowActive) continue;
+    const uint64_t mapping_segment = row.mapping_segment;
+    const uint64_t mapping_sequence = row.mapping_sequence;
     row = RowRecord{};
+    row.mapping_segment = mapping_segment;
+    row.mapping_sequence = (mapping_sequence | 1) + 1;
     row.kind = info.kind;
     row.pid = self_.pid;
     row.start_time = self_.start_time;
@@ -193,6 +202,30 @@ unsigned LedgerStore::remove_row(RowId id) {
   if (!LockForRelease(guard)) return ledger_format::kMaxRows;  // not removed: say that rows remain
   if (owns(id)) DropRowLocked(id.index);
   return ReclaimLocked();
+}
+
+Result<void> LedgerStore::give_row(RowId id, const ProcessId& owner) {
+  MVGPU_ASSIGN_OR_RETURN(const Guard guard, Lock());
+  if (!owns(id)) return Dropped(id);
+  RowRecord& row = memory_->row(id.index);
+  row.flags |= ledger_format::kRowRegistered;
+  // Half of it names nobody: no process has the number of the one and the start of the other.
+  row.start_time = owner.start_time;
+  row.pid_namespace = owner.pid_namespace;
+  Publish(row.pid, owner.pid);
+  return {};
+}
+
+Result<unsigned> LedgerStore::drop_given_rows(const ProcessId& owner) {
+  MVGPU_ASSIGN_OR_RETURN(const Guard guard, Lock());
+  unsigned dropped = 0;
+  for (unsigned i = 0; i < ledger_format::kMaxRows; ++i) {
+    const RowRecord& row = memory_->row(i);
+    if (!ledger_format::IsRegistered(row) || OwnerOf(row) != owner) continue;
+    DropRowLocked(i);
+    ++dropped;
+  }
+  return dropped;
 }
 
 std::optional<unsigned> LedgerStore::FindFileLocked(const FileIdentity& identity) const {
@@ -253,15 +286,30 @@ Result<unsigned> LedgerStore::FindOrAddFileLocked(const FileIdentity& identity, 
 Result<FileView> LedgerStore::make_room(RowId id, const FileIdentity& file, uint64_t file_pages,
                                         PageRun pages) {
   MVGPU_ASSIGN_OR_RETURN(const Guard guard, Lock());
-  if (!owns(id)) {
-    return Fail(ErrorCode::kRevoked,
-                fmt::format("row {} of {} was dropped: another process took process {} for dead",
-                            id.index, memory_->path(), self_.pid));
-  }
+  if (!owns(id)) return Dropped(id);
   MVGPU_ASSIGN_OR_RETURN(const unsigned index, FindOrAddFileLocked(file, file_pages));
   FileHolds holds(*memory_, index);
   MVGPU_RETURN_IF_ERROR(holds.make_room(id.index, pages));
   return holds.view_of(id.index);
+}
+
+Result<LedgerSegment> LedgerStore::make_mapping_room(RowId id, uint32_t place) {
+  MVGPU_ASSIGN_OR_RETURN(const Guard guard, Lock());
+  if (!owns(id)) return Dropped(id);
+  auto segment = memory_->mapping_segment(id.index);
+  if (!segment) {
+    MVGPU_ASSIGN_OR_RETURN(const uint64_t offset,
+                           memory_->add_segment(ledger_format::kMappingSegment, 0, id.index,
+                                                ledger_format::kMaxMappings));
+    ledger_format::StoreWord(memory_->row(id.index).mapping_segment, offset);
+    segment = memory_->mapping_segment(id.index);
+  }
+  if (!segment || place / ledger_format::kMappingsPerChunk >= segment->chunks) {
+    return Fail(ErrorCode::kCorrupt,
+                fmt::format("{} is damaged: the mappings of row {}", memory_->path(), id.index));
+  }
+  MVGPU_RETURN_IF_ERROR(memory_->make_present(*segment, place / ledger_format::kMappingsPerChunk));
+  return *segment;
 }
 
 std::optional<FileView> LedgerStore::look_up(RowId id, const FileIdentity& file) {

@@ -47,12 +47,20 @@ class LedgerStore {
   Result<RowId> add_row(const RowInfo& info);
   // Drops the row with all it holds; the number of rows that remain.
   unsigned remove_row(RowId id);
+  // The row is that of another process from now on, which does not know of it. REQUIRES: nobody
+  // holds or releases by it any more. Errors: kBusy, kRevoked (the row was dropped), kCorrupt.
+  Result<void> give_row(RowId id, const ProcessId& owner);
+  // Drops the rows that were given to this process; how many there were. Errors: kBusy, kCorrupt.
+  Result<unsigned> drop_given_rows(const ProcessId& owner);
 
   // Makes room for the row holding these pages, so that it need not take the lock for that.
   // Errors: kLimit, kBusy (the lock was not to be had for 5 s), kRevoked (the row was dropped),
   // kCorrupt, kSystem.
   Result<FileView> make_room(RowId id, const FileIdentity& file, uint64_t file_pages,
                              PageRun pages);
+  // The row's list of mappings, with room at this place. Errors: as make_room(). REQUIRES: place <
+  // kMaxMappings.
+  Result<LedgerSegment> make_mapping_room(RowId id, uint32_t place);
   // Where the bits are now. nullopt when the row or the file is not there any more.
   std::optional<FileView> look_up(RowId id, const FileIdentity& file);
   // For how many pages the row pays, by its bits and those of the others: takes the longer the more
@@ -88,6 +96,7 @@ class LedgerStore {
   bool LockForRelease(std::optional<Guard>& guard);
   void Unlock();
 
+  tl::unexpected<Error> Dropped(RowId id) const;
   void RepairLocked();
   void DropRowLocked(unsigned index);
   unsigned ReclaimLocked();

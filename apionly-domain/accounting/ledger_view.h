@@ -31,7 +31,9 @@ struct LedgerSnapshot {
     uint32_t kind = 0;  // a DomainKind, or something unknown
     ProcessId owner;
     Liveness liveness = Liveness::kUnknown;
+    bool is_registered = false;  // its owner does not know of it
     uint32_t granule_pages = 0;
+    uint32_t unlisted_mappings = 0;
     // The domain's own figures.
     uint64_t mapped_pages = 0;
     uint64_t pinned_pages = 0;
@@ -75,6 +77,9 @@ std::string DomainKindName(uint32_t kind);
 Result<LedgerSnapshot> ReadLedger(const RuntimeDir& dir, const std::string& vm_uuid);
 // The same for a file that is open. `path` is for messages.
 Result<LedgerSnapshot> ReadLedgerFile(int fd, const std::string& path, const std::string& vm_uuid);
+// As if this row had left: what the others would be charged then.
+Result<LedgerSnapshot> ReadLedgerWithout(int fd, const std::string& path,
+                                         const std::string& vm_uuid, unsigned row);
 // Whether the file is a ledger that may be taken part in. Errors: as ReadLedgerFile().
 Result<void> CheckLedgerFile(int fd, const std::string& path, const std::string& vm_uuid);
 

@@ -87,6 +87,16 @@ Result<ProcessId> CurrentProcess() {
   return ProcessId{pid, stat->start_time, OwnPidNamespace()};
 }
 
+Result<ProcessId> FindProcess(uint32_t pid) {
+  const uint64_t own_namespace = OwnPidNamespace();
+  if (own_namespace == 0) return FailSystem(ENOENT, "cannot read /proc/self/ns/pid; mount /proc");
+  const std::optional<StatLine> stat = ReadStat(pid);
+  if (!stat) {
+    return Fail(ErrorCode::kNotMapped, fmt::format("there is no process {} here", pid));
+  }
+  return ProcessId{pid, stat->start_time, own_namespace};
+}
+
 Liveness LivenessOf(const ProcessId& process) {
   const uint64_t own_namespace = OwnPidNamespace();
   if (own_namespace == 0 || own_namespace != process.pid_namespace) return Liveness::kUnknown;
@@ -97,8 +107,8 @@ Liveness LivenessOf(const ProcessId& process) {
   return is_zombie && stat->threads <= 1 ? Liveness::kDead : Liveness::kAlive;
 }
 
-std::optional<KernelCounters> KernelCountersOf(const ProcessId& process) {
-  const std::string status = ReadProcFile(fmt::format("/proc/{}/status", process.pid));
+std::optional<KernelCounters> KernelCountersOf(const ProcessId& process, const std::string& proc) {
+  const std::string status = ReadProcFile(fmt::format("{}/{}/status", proc, process.pid));
   const auto vm_lck = KilobytesOf(status, "\nVmLck:");
   const auto vm_pin = KilobytesOf(status, "\nVmPin:");
   // Asked after the read: the numbers are of this process and not of a successor.
@@ -108,7 +118,7 @@ std::optional<KernelCounters> KernelCountersOf(const ProcessId& process) {
 
 std::string_view KernelCounterName(std::string_view pin_backend) {
   if (pin_backend == "mlock" || pin_backend == "vfio-type1") return "VmLck";
-  if (pin_backend == "io-uring") return "VmPin";
+  if (pin_backend == "io-uring" || pin_backend == "iommufd") return "VmPin";
   return {};
 }
 

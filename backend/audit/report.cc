@@ -182,7 +182,9 @@ void RenderVm(Out out, const AuditReport::Vm& vm, const AuditReport::Vm* before)
   if (vm.ledger.in_motion)
     fmt::format_to(out, "  note: figures were in motion while they were read\n");
   if (any_dead) {
-    fmt::format_to(out, "  note: rows of dead processes are dropped when the next domain joins\n");
+    fmt::format_to(out,
+                   "  note: rows of dead processes are dropped when the next domain joins, or by "
+                   "repair\n");
   }
   for (const std::string& problem : vm.problems) fmt::format_to(out, "  warning: {}\n", problem);
 }
@@ -212,6 +214,7 @@ nlohmann::json DomainJson(const LedgerSnapshot::Row& row,
                          {"kind", domain::DomainKindName(row.kind)},
                          {"pid", row.owner.pid},
                          {"state", StateName(row.liveness)},
+                         {"registered", row.is_registered},
                          {"pin_backend", row.pin_backend},
                          {"granule_pages", row.granule_pages},
                          {"mapped_pages", row.mapped_pages},
@@ -221,6 +224,7 @@ nlohmann::json DomainJson(const LedgerSnapshot::Row& row,
                          {"locked_pages", row.locked_pages},
                          {"locked_areas", row.locked_areas},
                          {"area_budget", row.area_budget},
+                         {"unlisted_mappings", row.unlisted_mappings},
                          {"dma_cache", CacheJson(row.cache)},
                          {"percent_of_mapped", nullptr},
                          {"kernel", nullptr}};
@@ -298,9 +302,7 @@ std::string RenderText(const AuditReport& report, const AuditReport* before) {
   return text;
 }
 
-nlohmann::json ToJson(const AuditReport& report) {
-  nlohmann::json vms = nlohmann::json::array();
-  for (const AuditReport::Vm& vm : report.vms) vms.push_back(VmJson(vm));
+nlohmann::json ErrorsJson(const AuditReport& report) {
   nlohmann::json errors = nlohmann::json::array();
   for (const AuditReport::Unreadable& unreadable : report.unreadable) {
     errors.push_back({{"vm", unreadable.vm_uuid},
@@ -308,10 +310,16 @@ nlohmann::json ToJson(const AuditReport& report) {
                        {{"code", ErrorCodeName(unreadable.error.code())},
                         {"message", unreadable.error.message()}}}});
   }
+  return errors;
+}
+
+nlohmann::json ToJson(const AuditReport& report) {
+  nlohmann::json vms = nlohmann::json::array();
+  for (const AuditReport::Vm& vm : report.vms) vms.push_back(VmJson(vm));
   return {{"runtime_dir", report.runtime_dir},
           {"page_size", kPageSize},
           {"vms", std::move(vms)},
-          {"errors", std::move(errors)}};
+          {"errors", ErrorsJson(report)}};
 }
 
 }  // namespace mvgpu::backend

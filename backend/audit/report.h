@@ -51,9 +51,11 @@ std::string RenderText(const AuditReport& report, const AuditReport* before = nu
 //            "problems": [str], "totals": {"unique_pages": n, "charged_pages": n},
 //            "domains": [DOMAIN], "files": [FILE]}
 //   DOMAIN  {"row": n, "name": str, "kind": "api-only|assigned|nested|kind-N", "pid": n,
-//            "state": "alive|dead|unknown", "pin_backend": str, "granule_pages": n,
+//            "state": "alive|dead|unknown", "registered": bool, "pin_backend": str,
+//            "granule_pages": n,
 //            "mapped_pages": n, "pinned_pages": n, "unique_pages": n, "charged_pages": n,
 //            "locked_pages": n, "locked_areas": n, "area_budget": n (0: no limit),
+//            "unlisted_mappings": n (see explain),
 //            "percent_of_mapped": n or null,
 //            "dma_cache": {"cached_pages": n, "idle_pages": n, "hit_pages": n, "miss_pages": n,
 //                          "unmapped_pages": n, "revoked_pages": n, "evicted_pages": n},
@@ -61,5 +63,7 @@ std::string RenderText(const AuditReport& report, const AuditReport* before = nu
 //   FILE    {"device": n, "inode": n, "pages": n, "unique_pages": n}
 //   ERROR   {"vm": uuid, "error": {"code": str, "message": str}}
 nlohmann::json ToJson(const AuditReport& report);
+// The "errors" of it, which other reports have as well.
+nlohmann::json ErrorsJson(const AuditReport& report);
 
 }  // namespace mvgpu::backend

@@ -44,6 +44,7 @@ Result<std::unique_ptr<Player>> Player::Create(TraceReader* reader, Options opti
   config.vulkan_device = options.vulkan_device;
   config.iommu_group = options.iommu_group;
   std::unique_ptr<Player> player(new Player(reader));
+  player->recorded_accounts_.on_session(payload.rest_as_text());
   MVGPU_ASSIGN_OR_RETURN(Vgpu::Parts parts, Vgpu::MakeParts(config));
   parts.mapper = player->account_.Watch(std::move(parts.mapper));
   parts.remote = &player->memory_;
@@ -120,6 +121,8 @@ Result<void> Player::Play(const TraceRecord& record) {
       return {};
     case TraceType::kSummary:
       return PlaySummary(record);
+    case TraceType::kAccounts:
+      return PlayAccounts(record);
   }
   return {};
 }
@@ -244,6 +247,17 @@ Result<void> Player::PlayStep(ByteReader& payload) {
                        actual_.size(), expected_.size()));
   }
   expected_.clear();
+  return {};
+}
+
+Result<void> Player::PlayAccounts(const TraceRecord& record) {
+  const auto recorded = AccountFigures::FromPayload(record.payload);
+  if (!recorded) return tl::unexpected<Error>(Corrupt("an accounts record is too short"));
+  recorded_accounts_.on_figures(record.time_ns, *recorded);
+  if (recorded->is_same_session(accounts_)) return {};
+  Differ(fmt::format("{} pages mapped, {} pinned, {} unique instead of {}, {}, {}",
+                     accounts_.mapped_pages, accounts_.pinned_pages, accounts_.unique_pages,
+                     recorded->mapped_pages, recorded->pinned_pages, recorded->unique_pages));
   return {};
 }
 

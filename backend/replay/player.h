@@ -58,6 +58,8 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   const gpu::Screenshot& picture() const { return vgpu_->picture(); }
   const PageAccount& pages() const { return account_; }
   const VgpuConfig& config() const { return vgpu_->config(); }
+  // As they were recorded.
+  const TraceAccounts& recorded_accounts() const { return recorded_accounts_; }
 
  private:
   // Something that came out, or should: a request, a response or a frame.
@@ -74,6 +76,7 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   Result<void> PlayRegister(const TraceRecord& record, ByteReader& payload);
   Result<void> PlayIrqs(ByteReader& payload);
   Result<void> PlayStep(ByteReader& payload);
+  Result<void> PlayAccounts(const TraceRecord& record);
   Result<void> PlaySummary(const TraceRecord& record);
   void ReleaseEverything();
   void Differ(std::string what);
@@ -96,6 +99,7 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   void on_request(uint16_t queue, std::span<const std::byte> bytes) override;
   void on_response(uint16_t queue, std::span<const std::byte> bytes) override;
   void on_frame(uint32_t scanout, gpu::Size size, uint64_t hash) override;
+  void on_accounts(const AccountFigures& figures) override { accounts_ = figures; }
   void on_guest_read(Iova iova, std::span<const std::byte> bytes) override;
 
   TraceReader& reader_;  // outlives this, see Create()
@@ -104,6 +108,8 @@ class Player final : private SessionObserver, private Vgpu::Owner {
   std::unique_ptr<Vgpu> vgpu_;
   std::vector<Event> expected_;  // of the step that comes
   std::vector<Event> actual_;
+  AccountFigures accounts_;  // of our own vGPU
+  TraceAccounts recorded_accounts_;
   Outcome outcome_;
 };
 

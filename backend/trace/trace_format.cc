@@ -32,6 +32,8 @@ std::string_view TraceTypeName(TraceType type) {
       return "frame";
     case TraceType::kSummary:
       return "summary";
+    case TraceType::kAccounts:
+      return "accounts";
   }
   return "unknown";
 }

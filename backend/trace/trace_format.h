@@ -35,11 +35,15 @@
 //   kResponse  queue, bytes of the response                              compares
 //   kFrame     scanout, width, height, hash (8 bytes; FrameHash)         compares
 //   kSummary   JSON object, flat: counters at the end of the session     compares
+//   kAccounts  pages: mapped, pinned, unique, charged, locked            compares the first three
 // clang-format on
 //
 // A kStep ends the work on one request: the kMemory, kRequest, kResponse and kFrame records since
 // the kStep before belong to it. The device reads a word of guest memory once per step, so a replay
-// can make guest memory ready, do the step, and then compare what came out.
+// can make guest memory ready, do the step, and then compare what came out. A kAccounts stands
+// behind what changed the accounts: a kStep, kMap, kUnmap, kUnmapAll or kReset.
+//
+// Version 1 had no kAccounts, and is read as well.
 
 #include <cstdint>
 #include <string_view>
@@ -47,7 +51,8 @@
 namespace mvgpu::backend {
 
 inline constexpr std::string_view kTraceMagic = "MVGPUTRC";
-inline constexpr uint32_t kTraceVersion = 1;
+inline constexpr uint32_t kTraceVersion = 2;
+inline constexpr uint32_t kOldestTraceVersion = 1;
 inline constexpr size_t kTraceHeaderSize = 16;
 
 // No record is longer; longer guest reads are several kMemory records.
@@ -69,8 +74,9 @@ enum class TraceType : uint8_t {
   kResponse = 12,
   kFrame = 13,
   kSummary = 14,
+  kAccounts = 15,
 };
-inline constexpr uint8_t kLastTraceType = 14;
+inline constexpr uint8_t kLastTraceType = 15;
 
 // As reports call it, e.g. "guest_memory".
 std::string_view TraceTypeName(TraceType type);

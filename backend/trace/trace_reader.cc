@@ -70,10 +70,10 @@ Result<void> TraceReader::ReadHeader() {
   for (unsigned i = 0; i < 4; ++i) {
     version |= static_cast<uint32_t>(static_cast<unsigned char>(input_[8 + i])) << (8 * i);
   }
-  if (version != kTraceVersion) {
+  if (version < kOldestTraceVersion || version > kTraceVersion) {
     return Fail(ErrorCode::kCorrupt,
-                fmt::format("{} is a trace of version {}, this program reads version {}", name_,
-                            version, kTraceVersion));
+                fmt::format("{} is a trace of version {}, this program reads versions {} to {}",
+                            name_, version, kOldestTraceVersion, kTraceVersion));
   }
   input_position_ = kTraceHeaderSize;
   return {};

@@ -113,6 +113,12 @@ void TraceWriter::on_frame(uint32_t scanout, gpu::Size size, uint64_t hash) {
   record(TraceType::kFrame, payload_.view());
 }
 
+void TraceWriter::on_accounts(const AccountFigures& figures) {
+  payload_.clear();
+  figures.write_to(payload_);
+  record(TraceType::kAccounts, payload_.view());
+}
+
 void TraceWriter::on_guest_read(Iova iova, std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const auto piece = bytes.first(std::min<size_t>(bytes.size(), kMaxMemoryRecord));

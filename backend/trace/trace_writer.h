@@ -47,6 +47,7 @@ class TraceWriter final : public SessionObserver {
   void on_request(uint16_t queue, std::span<const std::byte> bytes) override;
   void on_response(uint16_t queue, std::span<const std::byte> bytes) override;
   void on_frame(uint32_t scanout, gpu::Size size, uint64_t hash) override;
+  void on_accounts(const AccountFigures& figures) override;
   void on_guest_read(Iova iova, std::span<const std::byte> bytes) override;
 
   // Ends the trace: the summary, the end of the zstd stream, fsync. Returns the first error of the

@@ -1,10 +1,13 @@
 // The domain with a real ledger and real mlock: what it says, what others read, what the kernel
 // counts.
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
 
+#include <optional>
 #include <string>
 
+#include "apionly-domain/accounting/ledger_lookup.h"
 #include "apionly-domain/api_only_domain.h"
 #include "tests/apionly-domain/ledger_fixture.h"
 #include "tests/fakes/guest_ram.h"
@@ -40,6 +43,36 @@ class ApiOnlyDomainLedgerTest : public LedgerFixture {
   Container container_;
   Owner owner_;
 };
+
+TEST_F(ApiOnlyDomainLedgerTest, TheLedgerListsWhereTheDomainSeesFiles) {
+  auto ledger = Open();
+  auto domain = MakeDomain(*ledger, "vgpu");
+  const auto offset_at = [this](uint64_t iova) -> std::optional<uint64_t> {
+    const UniqueFd fd(open(path().c_str(), O_RDONLY | O_CLOEXEC));
+    const auto list = ReadMappings(fd.get(), path(), kVm, Iova(iova));
+    EXPECT_THAT(list, IsOk());
+    if (!list || list->entries.empty()) return std::nullopt;
+    const LedgerMapping& mapping = list->entries[0].mapping;
+    EXPECT_EQ(mapping.file, GuestFile::IdentityOf(ram_.fd()).value_or(FileIdentity()));
+    return mapping.file_offset + (iova - mapping.iova.start().value());
+  };
+  constexpr uint64_t kMiB = 1 << 20;
+  ASSERT_THAT(container_.map(ram_.map_request(16 * kMiB, 4 * kMiB, 8 * kMiB)), IsOk());
+  EXPECT_EQ(offset_at(0), std::nullopt);
+  EXPECT_EQ(offset_at(16 * kMiB), 4 * kMiB);
+  // Refused, so nothing changes.
+  ASSERT_THAT(container_.map(ram_.map_request(20 * kMiB, 0, 8 * kMiB)),
+              FailsWith(ErrorCode::kOverlap));
+  EXPECT_EQ(offset_at(20 * kMiB), 8 * kMiB);
+  ASSERT_THAT(container_.unmap(Iova(18 * kMiB), kMiB, Container::Cut::kSplit), IsOk());
+  EXPECT_EQ(offset_at(18 * kMiB - 1), 6 * kMiB - 1);
+  EXPECT_EQ(offset_at(18 * kMiB), std::nullopt);
+  EXPECT_EQ(offset_at(19 * kMiB), 7 * kMiB);
+  ASSERT_THAT(container_.unmap_all(), IsOk());
+  EXPECT_EQ(offset_at(19 * kMiB), std::nullopt);
+  EXPECT_EQ(Look().rows[0].unlisted_mappings, 0u);
+  ASSERT_THAT(container_.detach(domain.get()), IsOk());
+}
 
 TEST_F(ApiOnlyDomainLedgerTest, TheLedgerAndTheKernelSayWhatTheDomainHolds) {
   const uint64_t before = KernelLockedPages();

@@ -112,9 +112,9 @@ TEST_F(LedgerViewTest, LedgerCutAnywhereIsRefused) {
 
 TEST_F(LedgerViewTest, ForeignVersionSaysWhatWasFoundAndExpected) {
   std::string bytes = Sample();
-  for (const uint32_t version : {1, 3}) {
+  for (const uint32_t version : {2, 4}) {
     Put(bytes, kVersionAt, version);
-    ExpectRefused(bytes, "the version is " + std::to_string(version) + ", expected 2");
+    ExpectRefused(bytes, "the version is " + std::to_string(version) + ", expected 3");
   }
 }
 

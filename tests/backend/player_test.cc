@@ -1,5 +1,6 @@
 #include "backend/replay/player.h"
 
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "tests/backend/vgpu_fixture.h"
@@ -358,6 +359,95 @@ TEST_F(PlayerTest, AccountNamesThePagesThatTheGuestGave) {
   EXPECT_GT(row.held_ns, 0u);
   EXPECT_EQ(rows.at(first + 16).dma_maps, 1u) << "of the second resource";
   EXPECT_FALSE(rows.contains(first + 100));
+}
+
+TEST_F(PlayerTest, AccountsOfTheSessionAreRecordedWhenTheyChange) {
+  Record();
+  // Mapped, pinned, unique, charged, locked.
+  std::vector<std::vector<uint64_t>> seen;
+  for (const RawRecord& record : records_) {
+    if (record.type != testing::kRawAccounts) continue;
+    std::vector<uint64_t> figures;
+    for (size_t i = 0; i < 5; ++i) figures.push_back(record.number(i));
+    EXPECT_TRUE(seen.empty() || seen.back() != figures) << "nothing had changed";
+    seen.push_back(figures);
+  }
+  ASSERT_GT(seen.size(), 5u);
+  EXPECT_THAT(seen.back(), ElementsAre(0, 0, 0, 0, 0)) << "everything was let go";
+  const Replay replay = Play(testing::ReadFile(trace_path()));
+  ASSERT_THAT(replay.outcome, IsOk());
+  const TraceAccounts& accounts = replay.player->recorded_accounts();
+  EXPECT_EQ(accounts.changes(), seen.size());
+  EXPECT_EQ(accounts.name(), "vgpu0");
+  EXPECT_EQ(accounts.pin_backend(), "none");
+  ASSERT_TRUE(accounts.peak() && accounts.last());
+  EXPECT_EQ(accounts.last()->figures, AccountFigures{});
+  EXPECT_EQ(accounts.peak()->figures.unique_pages, replay.outcome->peak_unique_pages);
+  EXPECT_GT(accounts.peak()->figures.mapped_pages, accounts.peak()->figures.unique_pages);
+  EXPECT_LT(accounts.peak()->time_ns, accounts.last()->time_ns);
+  const auto read = TraceAccounts::ReadFrom(trace_path());
+  ASSERT_THAT(read, IsOk());
+  EXPECT_EQ(ToJson(*read), ToJson(accounts));
+}
+
+TEST_F(PlayerTest, AccountsThatCameOutDifferentlyAreNoticed) {
+  Record();
+  const RawRecord good = Nth(testing::kRawAccounts, 2);
+  const auto with = [&](size_t which, uint64_t difference) {
+    std::array<uint64_t, 5> figures;
+    for (size_t i = 0; i < 5; ++i) figures[i] = good.number(i) + (i == which ? difference : 0);
+    Nth(testing::kRawAccounts, 2).payload =
+        RawPayload({figures[0], figures[1], figures[2], figures[3], figures[4]});
+    return PlayRecords();
+  };
+  for (const size_t compared : {0, 1, 2}) {
+    const Player::Outcome outcome = with(compared, 1);
+    EXPECT_EQ(outcome.differences, 1u) << compared;
+    EXPECT_THAT(outcome.described, ElementsAre(HasSubstr("pages mapped, ")));
+  }
+  // Who pays, and what is locked, is a matter of the host.
+  for (const size_t other : {3, 4}) EXPECT_EQ(with(other, 1).differences, 0u) << other;
+}
+
+TEST_F(PlayerTest, TraceOfTheVersionWithoutAccountsPlays) {
+  Record();
+  std::erase_if(records_,
+                [](const RawRecord& record) { return record.type == testing::kRawAccounts; });
+  RawBytes trace = testing::EncodeTrace(records_);
+  trace[8] = std::byte{1};
+  const Replay replay = Play(trace);
+  ASSERT_THAT(replay.outcome, IsOk());
+  EXPECT_EQ(replay.outcome->differences, 0u);
+  EXPECT_FALSE(replay.player->recorded_accounts().peak());
+  for (const std::byte version : {std::byte{0}, std::byte{3}}) {
+    trace[8] = version;
+    EXPECT_THAT(TraceReader::FromBytes(trace, "test trace"), FailsWith(ErrorCode::kCorrupt));
+  }
+}
+
+TEST_F(PlayerTest, AccountsRecordThatIsTooShortIsRefused) {
+  Record();
+  Nth(testing::kRawAccounts, 0).payload = RawPayload({1, 2, 3, 4});
+  const Replay replay = Play(testing::EncodeTrace(records_));
+  EXPECT_THAT(replay.outcome, FailsWith(ErrorCode::kCorrupt));
+  testing::WriteFile(dir_ / "short", testing::EncodeTrace(records_));
+  EXPECT_THAT(TraceAccounts::ReadFrom(dir_ / "short"), FailsWith(ErrorCode::kCorrupt));
+}
+
+TEST_F(PlayerTest, ChargesAreThoseOfTheLedger) {
+  EndVm();
+  vgpu_.reset();
+  has_ended_ = false;
+  config_.vm_uuid = "0a1b2c3d-0000-4000-8000-00000000abcd";
+  config_.runtime_dir = dir_ / "run";
+  MakeVgpu();
+  Record();
+  const auto accounts = TraceAccounts::ReadFrom(trace_path());
+  ASSERT_THAT(accounts, IsOk());
+  EXPECT_EQ(accounts->vm_uuid(), config_.vm_uuid);
+  EXPECT_GT(accounts->peak()->figures.charged_pages, 0u);
+  EXPECT_EQ(accounts->peak()->figures.charged_pages, accounts->peak()->figures.unique_pages);
+  EXPECT_EQ(Play(testing::ReadFile(trace_path())).outcome->differences, 0u);
 }
 
 TEST_F(PlayerTest, AccountIsWrittenAsCsv) {

@@ -13,7 +13,7 @@ namespace mvgpu::testing {
 namespace {
 
 constexpr size_t kHeaderBytes = 16;
-constexpr char kHeader[kHeaderBytes + 1] = "MVGPUTRC\1\0\0\0\0\0\0\0";
+constexpr char kHeader[kHeaderBytes + 1] = "MVGPUTRC\2\0\0\0\0\0\0\0";
 
 // Takes a varint off the front of `rest`.
 std::optional<uint64_t> TakeVarint(std::span<const std::byte>& rest) {
@@ -105,7 +105,8 @@ RawBytes EncodeTrace(const std::vector<RawRecord>& records) {
 }
 
 std::optional<std::vector<RawRecord>> DecodeTrace(std::span<const std::byte> file) {
-  const RawBytes header = RawOf({kHeader, kHeaderBytes});
+  RawBytes header = RawOf({kHeader, kHeaderBytes});
+  if (file.size() > 8 && file[8] == std::byte{1}) header[8] = std::byte{1};  // like it, but older
   if (file.size() < kHeaderBytes || !std::ranges::equal(file.first(kHeaderBytes), header)) {
     return std::nullopt;
   }

@@ -29,6 +29,7 @@ enum RawType : uint64_t {
   kRawResponse = 12,
   kRawFrame = 13,
   kRawSummary = 14,
+  kRawAccounts = 15,
 };
 
 using RawBytes = std::vector<std::byte>;

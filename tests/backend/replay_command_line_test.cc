@@ -41,6 +41,73 @@ std::string ExpectFails(std::vector<std::string> arguments, int exit_code) {
   return ran.err;
 }
 
+Ran RunAudit(std::vector<std::string> arguments) {
+  arguments.insert(arguments.begin(), MVGPU_AUDIT);
+  ChildProcess process(std::move(arguments));
+  const auto code = process.wait();
+  return {code, process.out(), process.err()};
+}
+
+// Accounts of the past: both programs tell them from the file, in the same words.
+class AccountsOfATrace : public backend::RecordedVgpuTest {};
+
+TEST_F(AccountsOfATrace, AreTheSameInReplayAndAudit) {
+  ASSERT_NO_FATAL_FAILURE(RunSession());
+  ASSERT_NO_FATAL_FAILURE(EndSession());
+  const Ran replay = RunReplay({"run", trace_path(), "--json"});
+  const Ran audit = RunAudit({"show", "--trace=" + trace_path(), "--json"});
+  EXPECT_EQ(replay.exit_code, 0) << replay.err;
+  EXPECT_EQ(audit.exit_code, 0) << audit.err;
+  ASSERT_TRUE(audit.report().is_object()) << audit.out;
+  EXPECT_EQ(replay.report()["accounts"], audit.report());
+  const json peak = audit.report()["peak"];
+  EXPECT_GT(peak["unique_pages"], 0);
+  EXPECT_EQ(audit.report()["last"]["mapped_pages"], 0);
+  const Ran text = RunAudit({"show", "--trace=" + trace_path()});
+  EXPECT_EQ(text.exit_code, 0);
+  EXPECT_THAT(text.out, HasSubstr("  vgpu0, pinned by none; the accounts changed "));
+  std::istringstream lines(text.out);
+  bool has_peak = false;
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.starts_with("  /")) {  // a path
+      EXPECT_LE(line.size(), 100u);
+    }
+    std::istringstream words(line);
+    std::string moment, seconds, mapped, pinned, percent, unique;
+    words >> moment >> seconds >> mapped >> pinned >> percent >> unique;
+    if (moment != "peak") continue;
+    has_peak = true;
+    EXPECT_EQ(mapped, peak["mapped_pages"].dump());
+    EXPECT_EQ(pinned, peak["pinned_pages"].dump());
+    EXPECT_EQ(unique, peak["unique_pages"].dump());
+  }
+  EXPECT_TRUE(has_peak) << text.out;
+}
+
+TEST(AccountsOfOldTraces, AreSaidToBeMissing) {
+  const Ran audit = RunAudit({"show", std::string("--trace=") + MVGPU_TRACE});
+  EXPECT_EQ(audit.exit_code, 0) << audit.err;
+  EXPECT_THAT(audit.out, HasSubstr("no accounts were recorded\n"));
+  const json report = RunAudit({"show", "--json", std::string("--trace=") + MVGPU_TRACE}).report();
+  EXPECT_EQ(report["changes"], 0);
+  EXPECT_TRUE(report["peak"].is_null() && report["last"].is_null());
+  EXPECT_EQ(RunReplay({"run", "--json"}).report()["accounts"], report);
+}
+
+TEST(AccountsOfATraceThatIsNone, AreRefusedInOneLine) {
+  TempDir dir;
+  WriteFile(dir / "noise", RawOf("noise"));
+  for (const std::string& path : {dir / "noise", dir / "none", dir.path()}) {
+    const Ran audit = RunAudit({"show", "--trace=" + path});
+    EXPECT_EQ(audit.exit_code, 4) << path;
+    EXPECT_EQ(LinesIn(audit.err), 1u) << audit.err;
+    EXPECT_EQ(audit.out, "");
+  }
+  for (const char* other : {"--metrics", "--vm=x", "--runtime-dir=/"}) {
+    EXPECT_EQ(RunAudit({"show", "--trace=x", other}).exit_code, 2) << other;
+  }
+}
+
 TEST(ReplayOfTheBuiltInTrace, RunsAsRecordedAndWritesPictureAndAccount) {
   TempDir dir;
   const Ran ran =

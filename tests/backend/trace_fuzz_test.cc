@@ -76,7 +76,7 @@ class TraceFuzzTest : public RecordedVgpuTest {
     return bytes;
   }
   RawRecord RandomRecord() {
-    RawRecord record{1 + Below(15), Below(1000), {}};
+    RawRecord record{1 + Below(16), Below(1000), {}};
     for (uint64_t i = Below(7); i > 0; --i) testing::AppendVarint(record.payload, Number());
     if (OneIn(2)) {
       const RawBytes noise = Noise(Below(64));

@@ -178,7 +178,7 @@ TEST(TraceReaderTest, WhatIsNoTraceIsRefused) {
   }
   for (const size_t i : {8, 9, 10, 11}) {
     RawBytes bad = good;
-    bad[i] ^= std::byte{2};
+    bad[i] ^= std::byte{4};
     const auto reader = TraceReader::FromBytes(bad, "test");
     ASSERT_THAT(reader, FailsWith(ErrorCode::kCorrupt)) << "version, byte " << i;
     EXPECT_THAT(reader.error().message(), ::testing::HasSubstr("version"));
@@ -209,7 +209,7 @@ TEST(TraceReaderTest, WhatIsNoFileIsRefusedAtOnce) {
 TEST(TraceReaderTest, UnknownTypesAreRefused) {
   EXPECT_EQ(ReadAll(EncodeTrace({{14, 0, {}}})).error, std::nullopt);
   for (const uint64_t type :
-       {uint64_t{0}, uint64_t{15}, uint64_t{127}, uint64_t{256} + 5, UINT64_MAX}) {
+       {uint64_t{0}, uint64_t{16}, uint64_t{127}, uint64_t{256} + 5, UINT64_MAX}) {
     EXPECT_EQ(ReadAll(EncodeTrace({{type, 0, {}}})).error, ErrorCode::kCorrupt) << type;
   }
 }

@@ -73,9 +73,10 @@ TEST_F(TraceWriterTest, EveryRecordIsInTheFileAsTheFormatSays) {
   writer->on_response(0, bytes);
   writer->on_frame(3, {640, 480}, 0x1122334455667788);
   writer->on_step(1);
-  EXPECT_EQ(writer->records(), 16u);
-  ASSERT_THAT(writer->finish("{}"), IsOk());
+  writer->on_accounts({1000, 300, 200, 150, 1 << 20});
   EXPECT_EQ(writer->records(), 17u);
+  ASSERT_THAT(writer->finish("{}"), IsOk());
+  EXPECT_EQ(writer->records(), 18u);
   EXPECT_EQ(writer->file_bytes(), testing::ReadFile(path_).size());
   EXPECT_EQ(writer->path(), path_);
 
@@ -96,6 +97,7 @@ TEST_F(TraceWriterTest, EveryRecordIsInTheFileAsTheFormatSays) {
       {12, 0, RawPayload({0}, bytes)},
       {13, 0, RawPayload({3, 640, 480}, RawOf("\x88\x77\x66\x55\x44\x33\x22\x11"))},
       {10, 0, RawPayload({1})},
+      {15, 0, RawPayload({1000, 300, 200, 150, 1 << 20})},
       {14, 0, RawOf("{}")},
   };
   EXPECT_EQ(Records(), expected);
