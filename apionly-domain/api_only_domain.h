@@ -229,9 +229,11 @@ class ApiOnlyDomain final : public Domain, private DevicePins::Sharer {
   ApiOnlyDomain(Options options, std::unique_ptr<PinBackend> backend, AccessObserver* observer);
 
   // miss_path.cc: what changes which pages are held.
-  Result<void> PinMiss(PinContext* context, IovaRange pages, Access access, PinCounts::Form form,
-                       PinnedRuns* runs);
-  void ReleaseMiss(PinContext* context, PageRun run, bool for_write, PinCounts::Form form);
+  // All of `pages`, or nothing; appends to *runs. REQUIRES: they are apart.
+  Result<void> PinMiss(PinContext* context, std::span<const PageRun> pages, Access access,
+                       PinCounts::Form form, PinnedRuns* runs);
+  void ReleaseMiss(PinContext* context, std::span<const PageRun> runs, bool for_write,
+                   PinCounts::Form form);
   void CloseContext(PinContext* context);
   // Takes out of *runs what is held: by these counts, or by the contexts but `except`.
   static void SubtractHeld(const PinCounts& counts, std::vector<PageRun>* runs,

@@ -140,36 +140,45 @@ tl::unexpected<Error> ApiOnlyDomain::PinLimitErrorLocked(uint64_t wanted) const 
                   BytesIn(counters_.unique_pages + wanted) / 1024));
 }
 
-Result<void> ApiOnlyDomain::PinMiss(PinContext* context, IovaRange pages, Access access,
-                                    PinCounts::Form form, PinnedRuns* runs) {
+Result<void> ApiOnlyDomain::PinMiss(PinContext* context, std::span<const PageRun> pages,
+                                    Access access, PinCounts::Form form, PinnedRuns* runs) {
   const bool for_write = PinContext::IsForWrite(access);
   MutexLock lock(pin_mutex_);
   std::optional<PageDirectory::Stop> stop;
-  scratch_.unheld.assign(1, PagesOf(pages));
+  PageRun stopped;
+  scratch_.unheld.assign(pages.begin(), pages.end());
   {
     SpinLockHold hold(context->lock_);
-    stop = directory_.walk(pages, static_cast<uint64_t>(access), [&](auto extent) {
-      runs->push_back({extent.iova, extent.host});
-    });
+    for (const PageRun& run : pages) {
+      stop = directory_.walk(RangeOf(run), static_cast<uint64_t>(access), [&](auto extent) {
+        runs->push_back({extent.iova, extent.host});
+      });
+      stopped = run;
+      if (stop) break;
+    }
     for (const PinCounts& counts : context->counts_) {
       SubtractHeld(counts, &scratch_.unheld, &scratch_.rest);
     }
   }
-  if (stop) return tl::unexpected<Error>(StopError(pages, *stop, access));
+  if (stop) return tl::unexpected<Error>(StopError(RangeOf(stopped), *stop, access));
   // The context's lock is free during the system calls. What it holds cannot change meanwhile: that
   // takes the pin lock.
   SubtractHeldLocked(&scratch_.unheld, context);
   MVGPU_RETURN_IF_ERROR(HoldLocked(FilePagesLocked(scratch_.unheld)));
   {
     SpinLockHold hold(context->lock_);
-    context->CountsLocked(for_write).add(PagesOf(pages), form);
-    context->CountPinLocked(PagesOf(pages).count);
+    uint64_t count = 0;
+    for (const PageRun& run : pages) {
+      context->CountsLocked(for_write).add(run, form);
+      count += run.count;
+    }
+    context->CountPinLocked(count);
   }
   if (ledger_row_ != nullptr) PublishCountsLocked();
   return {};
 }
 
-void ApiOnlyDomain::ReleaseMiss(PinContext* context, PageRun run, bool for_write,
+void ApiOnlyDomain::ReleaseMiss(PinContext* context, std::span<const PageRun> runs, bool for_write,
                                 PinCounts::Form form) {
   MutexLock lock(pin_mutex_);
   std::vector<PageRun>& unheld = scratch_.unheld;
@@ -178,8 +187,10 @@ void ApiOnlyDomain::ReleaseMiss(PinContext* context, PageRun run, bool for_write
   unheld.clear();
   {
     SpinLockHold hold(context->lock_);
-    context->CountsLocked(for_write).remove(run, form, &unheld);
-    context->figures_.pinned_pages -= run.count;
+    for (const PageRun& run : runs) {
+      context->CountsLocked(for_write).remove(run, form, &unheld);
+      context->figures_.pinned_pages -= run.count;
+    }
     if (is_logged) scratch_.written = unheld;
     SubtractHeld(context->CountsLocked(!for_write), &unheld, &scratch_.rest);
   }

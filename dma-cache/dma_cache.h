@@ -97,19 +97,17 @@ class DmaCache final : public domain::PinOwner {
  private:
   friend class DmaUser;
 
-  using Table = PageMap<PackedTargets>;
+  using Table = PageMap<FlatLeaves>;
   using Extent = Table::Extent;
   struct Held {
     uint64_t epoch = 0;
     MappedRuns runs;
   };
-  // What a request has to do, and how much of it is done.
+  // What a request has to do; each of the three is done as a whole or not at all.
   struct Plan {
     std::vector<PageRun> gaps;      // to be pinned and mapped
     std::vector<PageRun> upgrades;  // cached, but not pinned for this kind of access
     std::vector<PageRun> idle;      // taken out of the idle list
-    size_t filled = 0;
-    size_t upgraded = 0;
   };
   // What the mapper is asked for in one call, and where its answer ends.
   struct Request {
@@ -131,20 +129,27 @@ class DmaCache final : public domain::PinOwner {
   // The pages of the batch named by `misses`; false when the user is not in this epoch any more.
   Result<bool> HoldPages(DmaUser* user, const DmaUser::Batch& batch, uint64_t misses,
                          uint64_t epoch);
-  // Makes every page cached and pinned for this kind of access; the number of pages that were
-  // cached before. Somebody has to hold them before the lock goes.
-  Result<uint64_t> HoldLocked(PageRun pages, Direction direction, bool contiguous)
+  // Makes every page cached and pinned for this kind of access; the number of pages that were not
+  // cached before. Somebody has to hold them before the lock goes. REQUIRES: the runs are in
+  // ascending order, and apart; one if `contiguous`.
+  Result<uint64_t> HoldLocked(std::span<const PageRun> pages, Direction direction, bool contiguous)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  Result<void> MakePlanLocked(PageRun pages, Direction direction)
+  Result<void> MakePlanLocked(std::span<const PageRun> pages, Direction direction)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void PlanRunLocked(PageRun pages, uint64_t wanted, uint64_t pinned, bool* usable)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Result<void> CarryOutLocked(Direction direction) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void UndoLocked(Direction direction) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Whether those of the pages that are cached may be parts of one stretch of device addresses.
   bool IsContiguousLocked(PageRun pages) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  Result<void> FillLocked(PageRun gap, Direction direction) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Result<void> FillGapsLocked(Direction direction) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void MakeRequestsLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // `runs` are those of all requests, in their order.
   Result<void> AskMapperLocked(std::span<const domain::PinnedRun> runs)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  Result<domain::PinnedRange> PinLocked(PageRun pages, domain::Access access)
+  Result<void> AskMapperLocked(Request* request, std::span<const domain::PinnedRun> runs)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void EnterAnswersLocked(uint64_t pinned) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Result<domain::PinnedRange> PinLocked(std::span<const PageRun> pages, domain::Access access)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   // releases.cc
@@ -201,6 +206,7 @@ class DmaCache final : public domain::PinOwner {
     std::vector<Extent> released;
     std::vector<Extent> unused;
     std::vector<Extent> dropped;
+    std::vector<PageRun> unpinned;
   } scratch_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -9,6 +9,7 @@
 #include "apionly-domain/base/bits.h"
 #include "apionly-domain/base/check.h"
 #include "dma-cache/dma_cache.h"
+#include "dma-cache/near_targets.h"
 
 namespace mvgpu::dma {
 
@@ -140,13 +141,14 @@ Result<bool> DmaUser::MapBatch(const Batch& batch, std::optional<uint64_t>* epoc
 // Neither calls anything. What is not held exactly once is left to AddToMany().
 bool DmaUser::MapHits(const Batch& batch, std::optional<uint64_t>* epoch, uint64_t* misses) {
   const std::span<const Iova> pages = batch.pages;
+  const std::span<DmaAddr> addresses = batch.addresses;
   const uint64_t wanted = WantedFlags(AccessFor(batch.direction));
   std::array<uint64_t, kBatch> found;
   std::array<uint64_t*, kBatch> words;
   SpinLockHold hold(lock_);
   if (epoch->value_or(epoch_) != epoch_) return false;
   *epoch = epoch_;
-  const Table::Near table(table_);
+  const NearTargets table(table_);
   const Counters::Near counters(CountsLocked(IsForWrite(batch.direction)).dense());
   for (size_t i = 0; i < pages.size(); ++i) {
     found[i] = table.look_up(pages[i].page());
@@ -157,8 +159,8 @@ bool DmaUser::MapHits(const Batch& batch, std::optional<uint64_t>* epoch, uint64
   uint64_t unusable = 0;
   for (size_t i = 0; i < pages.size(); ++i) {
     const uint64_t page = pages[i].page();
-    const uint64_t word = Table::Near::WordOf(found[i], page);
-    batch.addresses[i] = DmaAddr((word & ~kPageMask) | pages[i].offset_in_page());
+    const uint64_t word = NearTargets::WordOf(found[i]);
+    addresses[i] = DmaAddr((word & ~kPageMask) | pages[i].offset_in_page());
     if (!IsUsable(word, wanted)) [[unlikely]] {
       unusable |= Bit(i);
     } else if (!Counters::Near::TryAddOne(words[i], page)) [[unlikely]] {
@@ -224,11 +226,9 @@ uint64_t DmaUser::AddToMany(const Batch& batch, uint64_t pages) {
   domain::PinCounts& counts = CountsLocked(IsForWrite(batch.direction));
   uint64_t missed = pages;
   ForEachBit(pages, [&](size_t i) {
-    const PageRun page{batch.pages[i].page(), 1};
-    if (counts.dense().holds(page.first)) {
-      counts.dense().add(page);
-      missed &= ~Bit(i);
-    } else if (counts.try_add(page, Form::kDense)) {  // as a part of a run
+    const uint64_t page = batch.pages[i].page();
+    if (counts.dense().try_add_one(page) ||
+        counts.try_add({page, 1}, Form::kDense)) {  // as a part of a run
       missed &= ~Bit(i);
     }
   });
@@ -240,7 +240,11 @@ uint64_t DmaUser::RemoveFromMany(std::span<const Iova> batch, bool for_write, ui
   uint64_t missed = pages;
   ForEachBit(pages, [&](size_t i) {
     const uint64_t page = batch[i].page();
-    if (counts.dense().holds(page) && counts.try_remove({page, 1}, Form::kDense)) missed &= ~Bit(i);
+    domain::PageCounters& dense = counts.dense();
+    if (dense.try_remove_one(page) ||
+        (dense.holds(page) && counts.try_remove({page, 1}, Form::kDense))) {  // a run holds it too
+      missed &= ~Bit(i);
+    }
   });
   return missed;
 }

@@ -76,7 +76,7 @@ class alignas(64) DmaUser {
   friend class DmaCache;
   friend class DmaMapping;
 
-  using Table = PageMap<PackedTargets>;
+  using Table = PageMap<FlatLeaves>;
   using Counters = domain::PageCounters;
   using Form = domain::PinCounts::Form;
   static constexpr size_t kBatch = 64;
@@ -96,7 +96,9 @@ class alignas(64) DmaUser {
       : cache_(*cache), table_(*table), domain_(*domain), owner_(owner) {}
 
   const domain::ApiOnlyDomain& domain() const { return domain_; }
-  static uint64_t WantedFlags(domain::Access access) { return static_cast<uint64_t>(access) << 1; }
+  static uint64_t WantedFlags(domain::Access access) {
+    return static_cast<uint64_t>(access) * Table::kRead;
+  }
   static bool IsUsable(uint64_t flags, uint64_t wanted) {
     return (flags & (wanted | Table::kGoing)) == wanted;
   }

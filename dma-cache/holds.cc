@@ -24,10 +24,22 @@ PageRun TakeRun(std::span<const Iova> pages, uint64_t* bits) {
   return run;
 }
 
-// The part of the run in `pages`, if any.
-std::optional<domain::PinnedRun> Cut(const domain::PinnedRun& run, PageRun pages) {
-  const auto part = run.iova.intersection(RangeOf(pages));
-  return part ? std::optional(run.slice(*part)) : std::nullopt;
+// The pages named by `bits` in ascending order, each once, as runs. Returns how many runs.
+size_t SortedRuns(std::span<const Iova> pages, uint64_t bits, std::span<PageRun> runs) {
+  std::array<uint64_t, 64> sorted;
+  size_t count = 0;
+  ForEachBit(bits, [&](size_t i) { sorted[count++] = pages[i].page(); });
+  std::sort(sorted.begin(), sorted.begin() + static_cast<ptrdiff_t>(count));
+  size_t last = 0;
+  runs[0] = {sorted[0], 1};
+  for (size_t i = 1; i < count; ++i) {
+    if (sorted[i] > runs[last].end()) {
+      runs[++last] = {sorted[i], 1};
+    } else if (sorted[i] == runs[last].end()) {
+      ++runs[last].count;
+    }
+  }
+  return last + 1;
 }
 
 }  // namespace
@@ -36,10 +48,11 @@ Result<DmaCache::Held> DmaCache::HoldRange(DmaUser* user, PageRun pages, Directi
                                            bool contiguous) {
   const uint64_t wanted = DmaUser::WantedFlags(AccessFor(direction));
   MutexLock lock(mutex_);
-  MVGPU_ASSIGN_OR_RETURN(const uint64_t hits, HoldLocked(pages, direction, contiguous));
+  pins_->prefetch(Iova(BytesIn(pages.first)), AccessFor(direction));
+  MVGPU_ASSIGN_OR_RETURN(const uint64_t misses, HoldLocked({&pages, 1}, direction, contiguous));
   Held held;
-  held.epoch =
-      user->AddHolds({&pages, 1}, IsForWrite(direction), {.map_calls = 1, .hit_pages = hits});
+  held.epoch = user->AddHolds({&pages, 1}, IsForWrite(direction),
+                              {.map_calls = 1, .hit_pages = pages.count - misses});
   const auto find = [this](uint64_t page) { return table_.find(page); };
   MVGPU_CHECK(DmaUser::AppendRuns(pages, wanted, find, &held.runs));
   return held;
@@ -47,28 +60,22 @@ Result<DmaCache::Held> DmaCache::HoldRange(DmaUser* user, PageRun pages, Directi
 
 Result<bool> DmaCache::HoldPages(DmaUser* user, const DmaUser::Batch& batch, uint64_t misses,
                                  uint64_t epoch) {
-  const bool for_write = IsForWrite(batch.direction);
   std::array<PageRun, DmaUser::kBatch> runs;
-  size_t count = 0;
-  DmaUser::Figures figures;
   MutexLock lock(mutex_);
   if (user->epoch() != epoch) return false;  // from here on it stays: a new one takes the lock
-  // What a pin waits for is its counter, if it has to: so all of them are asked for first.
-  ForEachBit(misses,
-             [&](size_t i) { pins_->prefetch(batch.pages[i], AccessFor(batch.direction)); });
-  for (uint64_t left = misses; left != 0;) {
-    const PageRun pages = TakeRun(batch.pages, &left);
-    const auto hits = HoldLocked(pages, batch.direction, /*contiguous=*/false);
-    if (!hits) {
-      user->AddHolds(std::span(runs).first(count), for_write, figures);
-      ReleaseLocked(user, std::span(runs).first(count), for_write, epoch);
-      return tl::unexpected<Error>(hits.error());
-    }
-    runs[count++] = pages;
-    figures.hit_pages += *hits;
+  // What a miss waits for are its counter and its entry, if it has to: so all are asked for first.
+  for (const Iova page : batch.pages) {
+    pins_->prefetch(page, AccessFor(batch.direction));
+    table_.prefetch(page.page());
   }
-  figures.map_calls = 1;
-  user->AddHolds(std::span(runs).first(count), for_write, figures);
+  const size_t wanted = SortedRuns(batch.pages, misses, runs);
+  MVGPU_ASSIGN_OR_RETURN(const uint64_t missed, HoldLocked(std::span(runs).first(wanted),
+                                                           batch.direction, /*contiguous=*/false));
+  size_t count = 0;
+  for (uint64_t left = misses; left != 0;) runs[count++] = TakeRun(batch.pages, &left);
+  const auto asked = static_cast<uint64_t>(std::popcount(misses));
+  user->AddHolds(std::span(runs).first(count), IsForWrite(batch.direction),
+                 {.map_calls = 1, .hit_pages = asked - missed});
   ForEachBit(misses, [&, table = &table_](size_t i) {
     const Iova iova = batch.pages[i];
     batch.addresses[i] =
@@ -77,39 +84,55 @@ Result<bool> DmaCache::HoldPages(DmaUser* user, const DmaUser::Batch& batch, uin
   return true;
 }
 
-Result<uint64_t> DmaCache::HoldLocked(PageRun pages, Direction direction, bool contiguous) {
-  if (contiguous && !IsContiguousLocked(pages)) {
-    return tl::unexpected<Error>(NotContiguousError(pages));
+Result<uint64_t> DmaCache::HoldLocked(std::span<const PageRun> pages, Direction direction,
+                                      bool contiguous) {
+  if (contiguous && !IsContiguousLocked(pages.front())) {
+    return tl::unexpected<Error>(NotContiguousError(pages.front()));
   }
   MVGPU_RETURN_IF_ERROR(MakePlanLocked(pages, direction));
   Result<void> outcome = CarryOutLocked(direction);
-  if (outcome && contiguous && !IsContiguousLocked(pages)) {
-    outcome = tl::unexpected<Error>(NotContiguousError(pages));
+  if (outcome && contiguous && !IsContiguousLocked(pages.front())) {
+    for (const PageRun& upgraded : plan_.upgrades) DropPinLocked(upgraded, IsForWrite(direction));
+    DropLocked(plan_.gaps);
+    outcome = tl::unexpected<Error>(NotContiguousError(pages.front()));
   }
   if (!outcome) {
-    UndoLocked(direction);
+    for (const PageRun& idle : plan_.idle) idle_.add(idle);
     return tl::unexpected<Error>(std::move(outcome).error());
   }
   if (IsForWrite(direction)) {
     // Nobody reads what was idle.
     for (const PageRun& idle : plan_.idle) DropPinLocked(idle, /*for_write=*/false);
   }
-  uint64_t hits = pages.count;
-  for (const PageRun& gap : plan_.gaps) hits -= gap.count;
-  return hits;
+  uint64_t misses = 0;
+  for (const PageRun& gap : plan_.gaps) misses += gap.count;
+  return misses;
 }
 
-Result<void> DmaCache::MakePlanLocked(PageRun pages, Direction direction) {
+Result<void> DmaCache::MakePlanLocked(std::span<const PageRun> pages, Direction direction) {
   const uint64_t wanted = DmaUser::WantedFlags(AccessFor(direction));
   const uint64_t pinned = PinnedFlag(IsForWrite(direction));
   plan_.gaps.clear();
   plan_.upgrades.clear();
   plan_.idle.clear();
-  plan_.filled = plan_.upgraded = 0;
-  bool usable = true;
+  for (const PageRun& run : pages) {
+    bool usable = true;
+    PlanRunLocked(run, wanted, pinned, &usable);
+    if (!usable) {
+      // The domain knows why; if not, the mapper is the reason.
+      MVGPU_RETURN_IF_ERROR(domain_->check(RangeOf(run), AccessFor(direction)));
+      return Fail(ErrorCode::kBusy, "pages that moved are being taken from their users");
+    }
+  }
+  if (idle_.pages() == 0) return {};
+  for (const PageRun& run : pages) idle_.take(run, &plan_.idle);
+  return {};
+}
+
+void DmaCache::PlanRunLocked(PageRun pages, uint64_t wanted, uint64_t pinned, bool* usable) {
   uint64_t next = pages.first;
   table_.for_each(pages, [&, plan = &plan_](const Extent& extent) {
-    usable &= DmaUser::IsUsable(extent.flags, wanted);
+    *usable &= DmaUser::IsUsable(extent.flags, wanted);
     if (extent.pages.first > next) plan->gaps.push_back({next, extent.pages.first - next});
     next = extent.pages.end();
     if ((extent.flags & pinned) != 0) return;
@@ -120,36 +143,21 @@ Result<void> DmaCache::MakePlanLocked(PageRun pages, Direction direction) {
     }
   });
   if (next < pages.end()) plan_.gaps.push_back({next, pages.end() - next});
-  if (!usable) {
-    // The domain knows why; if not, the mapper is the reason.
-    MVGPU_RETURN_IF_ERROR(domain_->check(RangeOf(pages), AccessFor(direction)));
-    return Fail(ErrorCode::kBusy, "pages that moved are being taken from their users");
-  }
-  idle_.take(pages, &plan_.idle);
-  return {};
 }
 
 Result<void> DmaCache::CarryOutLocked(Direction direction) {
   const bool for_write = IsForWrite(direction);
-  for (const PageRun& gap : plan_.gaps) {
-    MVGPU_RETURN_IF_ERROR(FillLocked(gap, direction));
-    ++plan_.filled;
+  domain::PinnedRange upgrade;  // first: it is the easier one to take back
+  if (!plan_.upgrades.empty()) {
+    MVGPU_ASSIGN_OR_RETURN(upgrade, PinLocked(plan_.upgrades, AccessFor(direction)));
   }
+  if (!plan_.gaps.empty()) MVGPU_RETURN_IF_ERROR(FillGapsLocked(direction));
+  if (plan_.upgrades.empty()) return {};
+  const bool as_runs = upgrade.keep() == domain::PinCounts::Form::kRuns;
   for (const PageRun& pages : plan_.upgrades) {
-    MVGPU_ASSIGN_OR_RETURN(auto pin, PinLocked(pages, AccessFor(direction)));
-    const bool as_runs = pin.keep() == domain::PinCounts::Form::kRuns;
     table_.change_flags(pages, PinnedFlag(for_write) | (as_runs ? AsRunsFlag(for_write) : 0), 0);
-    ++plan_.upgraded;
   }
   return {};
-}
-
-void DmaCache::UndoLocked(Direction direction) {
-  DropLocked(std::span(plan_.gaps).first(plan_.filled));
-  for (size_t i = 0; i < plan_.upgraded; ++i) {
-    DropPinLocked(plan_.upgrades[i], IsForWrite(direction));
-  }
-  for (const PageRun& idle : plan_.idle) idle_.add(idle);
 }
 
 bool DmaCache::IsContiguousLocked(PageRun pages) const {
@@ -163,28 +171,69 @@ bool DmaCache::IsContiguousLocked(PageRun pages) const {
   return contiguous;
 }
 
-// Pins the gap, then asks the mapper once for each part of it where the VMM's mapping allows the
+// Pins all gaps, then asks the mapper once for each part of one where the VMM's mapping allows the
 // same: for all of it, as a rule.
-Result<void> DmaCache::FillLocked(PageRun gap, Direction direction) {
-  MVGPU_ASSIGN_OR_RETURN(domain::PinnedRange pin, PinLocked(gap, AccessFor(direction)));
-  scratch_.requests.clear();
-  {
-    const domain::ApiOnlyDomain::Translator translator(*domain_);
+Result<void> DmaCache::FillGapsLocked(Direction direction) {
+  MVGPU_ASSIGN_OR_RETURN(domain::PinnedRange pin, PinLocked(plan_.gaps, AccessFor(direction)));
+  MakeRequestsLocked();
+  MVGPU_RETURN_IF_ERROR(AskMapperLocked(pin.runs()));
+  const bool for_write = IsForWrite(direction);
+  const bool as_runs = pin.keep() == domain::PinCounts::Form::kRuns;
+  EnterAnswersLocked(PinnedFlag(for_write) | (as_runs ? AsRunsFlag(for_write) : 0));
+  return {};
+}
+
+void DmaCache::MakeRequestsLocked() {
+  std::vector<Request>& requests = scratch_.requests;
+  requests.clear();
+  const domain::ApiOnlyDomain::Translator translator(*domain_);
+  for (const PageRun& gap : plan_.gaps) {
     for (uint64_t page = gap.first; page < gap.end();) {
       const auto place = translator.place(Iova(BytesIn(page)));
       const uint64_t count = std::min(PagesIn(place.left), gap.end() - page);
-      if (!scratch_.requests.empty() && scratch_.requests.back().access == place.access) {
-        scratch_.requests.back().pages.count += count;
+      if (page != gap.first && requests.back().access == place.access) {
+        requests.back().pages.count += count;
       } else {
-        scratch_.requests.push_back({{page, count}, place.access});
+        requests.push_back({{page, count}, place.access});
       }
       page += count;
     }
   }
-  MVGPU_RETURN_IF_ERROR(AskMapperLocked(pin.runs()));
-  const bool for_write = IsForWrite(direction);
-  const bool as_runs = pin.keep() == domain::PinCounts::Form::kRuns;
-  const uint64_t pinned = PinnedFlag(for_write) | (as_runs ? AsRunsFlag(for_write) : 0);
+}
+
+Result<void> DmaCache::AskMapperLocked(std::span<const domain::PinnedRun> runs) {
+  scratch_.mapped.clear();
+  for (Request& request : scratch_.requests) {
+    const IovaRange wanted = RangeOf(request.pages);
+    scratch_.runs.clear();
+    while (!runs.empty()) {
+      const auto part = runs.front().iova.intersection(wanted);
+      if (!part) break;
+      scratch_.runs.push_back(runs.front().slice(*part));
+      if (part->last() != runs.front().iova.last()) break;  // the rest is the next one's
+      runs = runs.subspan(1);
+    }
+    auto outcome = AskMapperLocked(&request, scratch_.runs);
+    if (outcome) continue;
+    for (const MappedRun& run : scratch_.mapped) mapper_->unmap(run.address, run.iova.size());
+    if (!scratch_.mapped.empty()) mapper_->flush();
+    return outcome;
+  }
+  return {};
+}
+
+Result<void> DmaCache::AskMapperLocked(Request* request, std::span<const domain::PinnedRun> runs) {
+  Result<void> outcome;
+  do {
+    outcome = mapper_->map(runs, request->access, &scratch_.mapped);
+  } while (!outcome && outcome.error().code() == ErrorCode::kLimit &&
+           EvictLocked(request->pages.count));
+  request->answer_end = scratch_.mapped.size();
+  counters_.mapper_calls += outcome ? 1 : 0;
+  return outcome;
+}
+
+void DmaCache::EnterAnswersLocked(uint64_t pinned) {
   size_t answer = 0;
   for (const Request& request : scratch_.requests) {
     for (; answer < request.answer_end; ++answer) {
@@ -193,44 +242,19 @@ Result<void> DmaCache::FillLocked(PageRun gap, Direction direction) {
       table_.map(pages, run.address.page(), DmaUser::WantedFlags(request.access) | pinned);
       reverse_.add(pages, run.address.page());
     }
+    counters_.cached_pages += request.pages.count;
+    counters_.miss_pages += request.pages.count;
   }
-  counters_.cached_pages += gap.count;
-  counters_.miss_pages += gap.count;
-  return {};
 }
 
-Result<void> DmaCache::AskMapperLocked(std::span<const domain::PinnedRun> runs) {
-  std::vector<MappedRun>& mapped = scratch_.mapped;
-  mapped.clear();
-  for (Request& request : scratch_.requests) {
-    std::span<const domain::PinnedRun> asked = runs;
-    if (scratch_.requests.size() > 1) {
-      scratch_.runs.clear();
-      for (const domain::PinnedRun& run : runs) {
-        if (const auto part = Cut(run, request.pages)) scratch_.runs.push_back(*part);
-      }
-      asked = scratch_.runs;
-    }
-    Result<void> outcome;
-    do {
-      outcome = mapper_->map(asked, request.access, &mapped);
-    } while (!outcome && outcome.error().code() == ErrorCode::kLimit &&
-             EvictLocked(request.pages.count));
-    if (!outcome) {
-      for (const MappedRun& run : mapped) mapper_->unmap(run.address, run.iova.size());
-      if (!mapped.empty()) mapper_->flush();
-      return outcome;
-    }
-    request.answer_end = mapped.size();
-    ++counters_.mapper_calls;
-  }
-  return {};
-}
-
-Result<domain::PinnedRange> DmaCache::PinLocked(PageRun pages, domain::Access access) {
+Result<domain::PinnedRange> DmaCache::PinLocked(std::span<const PageRun> pages,
+                                                domain::Access access) {
   for (;;) {
-    auto pin = pins_->pin(RangeOf(pages), access);
-    if (pin || pin.error().code() != ErrorCode::kLimit || !EvictLocked(pages.count)) return pin;
+    auto pin = pins_->pin_misses(pages, access);
+    if (pin || pin.error().code() != ErrorCode::kLimit) return pin;
+    uint64_t wanted = 0;
+    for (const PageRun& run : pages) wanted += run.count;
+    if (!EvictLocked(wanted)) return pin;
   }
 }
 

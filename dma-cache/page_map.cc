@@ -4,11 +4,11 @@
 
 namespace mvgpu::dma {
 
-template <typename Leaf>
-PageMap<Leaf>::PageMap() : near_(std::make_unique<std::atomic<uint64_t>[]>(kNearChunks)) {}
+template <typename Leaves>
+PageMap<Leaves>::PageMap() : near_(std::make_unique<std::atomic<uint64_t>[]>(kNearChunks)) {}
 
-template <typename Leaf>
-PageMap<Leaf>::~PageMap() {
+template <typename Leaves>
+PageMap<Leaves>::~PageMap() {
   for (uint64_t chunk = 0; chunk < near_end_; ++chunk) {
     FreeChunk(near_[chunk].load(std::memory_order_relaxed));
   }
@@ -16,8 +16,8 @@ PageMap<Leaf>::~PageMap() {
   reclaim();
 }
 
-template <typename Leaf>
-void PageMap<Leaf>::FreeChunk(uint64_t word) {
+template <typename Leaves>
+void PageMap<Leaves>::FreeChunk(uint64_t word) {
   if ((word & kTable) == 0) return;
   Node* node = NodeOf(word);
   for (const auto& child : node->words) {
@@ -26,15 +26,15 @@ void PageMap<Leaf>::FreeChunk(uint64_t word) {
     if ((leaf & kWide) != 0) {
       delete NodeOf(leaf);
     } else {
-      delete PackedOf(leaf);
+      leaves_.discard(LeafOf(leaf));
     }
   }
   delete node;
 }
 
 // Where nothing is.
-template <typename Leaf>
-struct PageMap<Leaf>::Mapping {
+template <typename Leaves>
+struct PageMap<Leaves>::Mapping {
   uint64_t operator()(uint64_t, uint64_t page) const {
     return (offset + page) << kPageShift | flags | (page == first ? kStart : 0);
   }
@@ -43,44 +43,51 @@ struct PageMap<Leaf>::Mapping {
   uint64_t flags;
 };
 
-template <typename Leaf>
-struct PageMap<Leaf>::Unmapping {
+template <typename Leaves>
+struct PageMap<Leaves>::Unmapping {
   uint64_t operator()(uint64_t, uint64_t) const { return 0; }
 };
 
-template <typename Leaf>
-typename PageMap<Leaf>::Found PageMap<Leaf>::FindFar(uint64_t page) const {
+template <typename Leaves>
+typename PageMap<Leaves>::Found PageMap<Leaves>::FindFar(uint64_t page) const {
   const auto it = far_.find(page >> kChunkShift);
   const uint64_t word = it == far_.end() ? 0 : it->second->load(std::memory_order_relaxed);
   return FindIn(word, page);
 }
 
-template <typename Leaf>
-void PageMap<Leaf>::map(PageRun run, uint64_t target, uint64_t flags) {
+template <typename Leaves>
+void PageMap<Leaves>::map(PageRun run, uint64_t target, uint64_t flags) {
   Update(run, /*create=*/true, Mapping{run.first, target - run.first, flags});
 }
 
-template <typename Leaf>
-void PageMap<Leaf>::unmap(PageRun run) {
+template <typename Leaves>
+void PageMap<Leaves>::unmap(PageRun run) {
   Update(run, /*create=*/false, Unmapping{});
+  leaves_.pass(run.count);
 }
 
-template <typename Leaf>
-void PageMap<Leaf>::change_flags(PageRun run, uint64_t set, uint64_t clear) {
+template <typename Leaves>
+void PageMap<Leaves>::change_flags(PageRun run, uint64_t set, uint64_t clear) {
   Update(run, /*create=*/false,
          [=](uint64_t word, uint64_t) { return word == 0 ? 0 : (word & ~clear) | set; });
 }
 
-template <typename Leaf>
-void PageMap<Leaf>::start_at(uint64_t page) {
+template <typename Leaves>
+void PageMap<Leaves>::start_at(uint64_t page) {
   const Found found = find(page);
   if (found.word == 0 || (found.word & kStart) != 0) return;
   change_flags({page, 1}, kStart, 0);
 }
 
-template <typename Leaf>
+template <typename Leaves>
 template <typename Change>
-void PageMap<Leaf>::Update(PageRun run, bool create, const Change& change) {
+void PageMap<Leaves>::Update(PageRun run, bool create, const Change& change) {
+  const uint64_t first_chunk = run.first >> kChunkShift;
+  if (run.count == 1 && first_chunk < kNearChunks) {  // what misses page by page do
+    if (create) near_end_ = std::max(near_end_, first_chunk + 1);
+    UpdateChunk(near_[first_chunk], run, create, change);
+    return;
+  }
   if (create) {
     for (uint64_t chunk = run.first >> kChunkShift; chunk <= (run.end() - 1) >> kChunkShift;
          ++chunk) {
@@ -101,63 +108,65 @@ void PageMap<Leaf>::Update(PageRun run, bool create, const Change& change) {
   }
 }
 
-template <typename Leaf>
+template <typename Leaves>
 template <typename Change>
-void PageMap<Leaf>::UpdateChunk(std::atomic<uint64_t>& slot, PageRun run, bool create,
-                                const Change& change) {
+void PageMap<Leaves>::UpdateChunk(std::atomic<uint64_t>& slot, PageRun run, bool create,
+                                  const Change& change) {
   uint64_t word = slot.load(std::memory_order_relaxed);
   if (word == 0 && !create) return;
   if (run.count == kChunkPages && (word & kTable) == 0) {
     slot.store(change(word, run.first), std::memory_order_release);
     return;
   }
-  if ((word & kTable) == 0) {
-    word = ExpandChunk(word);
-    slot.store(word, std::memory_order_release);
-  }
+  const uint64_t old_word = word;
+  if ((word & kTable) == 0) word = ExpandChunk(word);
   Node* node = NodeOf(word);
   for (uint64_t page = run.first; page < run.end();) {
     const uint64_t end = std::min(run.end(), (page | (kGranulePages - 1)) + 1);
     auto& child = node->words[page >> kGranuleShift & (kGranulePages - 1)];
-    const bool was_used = child.load(std::memory_order_relaxed) != 0;
+    const uint64_t before = child.load(std::memory_order_relaxed);
     UpdateGranule(child, {page, end - page}, create, change);
-    const bool is_used = child.load(std::memory_order_relaxed) != 0;
-    node->used += static_cast<uint32_t>(is_used) - static_cast<uint32_t>(was_used);
+    const uint64_t after = child.load(std::memory_order_relaxed);
+    node->used += uint32_t{after != 0} - uint32_t{before != 0};
+    node->unflat += uint32_t{IsUnflat(after)} - uint32_t{IsUnflat(before)};
     page = end;
   }
-  if (node->used != 0) return;
-  slot.store(0, std::memory_order_release);
-  retired_.push_back(word | kWide);
+  word = node->used == 0 ? 0 : WordFor(node, node->unflat == 0 ? kFlat : uint64_t{0});
+  // Readers in other threads want to keep what does not change.
+  if (word != old_word) slot.store(word, std::memory_order_release);
+  if (node->used == 0) retired_.push_back(node);
 }
 
-template <typename Leaf>
+template <typename Leaves>
 template <typename Change>
-void PageMap<Leaf>::UpdateGranule(std::atomic<uint64_t>& slot, PageRun run, bool create,
-                                  const Change& change) {
+void PageMap<Leaves>::UpdateGranule(std::atomic<uint64_t>& slot, PageRun run, bool create,
+                                    const Change& change) {
   uint64_t word = slot.load(std::memory_order_relaxed);
   if (word == 0 && !create) return;
   if (run.count == kGranulePages && (word & kTable) == 0) {
     slot.store(change(word, run.first), std::memory_order_release);
     return;
   }
-  if ((word & kTable) == 0) {
-    word = ExpandGranule(word);
-    slot.store(word, std::memory_order_release);
+  const uint64_t granule = run.first >> kGranuleShift;
+  if ((word & kTable) == 0) word = ExpandGranule(word, granule);
+  uint64_t used = UsedOf(word);
+  if ((word & kWide) == 0 && !UpdateLeaf(LeafOf(word), &run, change, &used)) {
+    word = Widen(word, granule);
   }
-  if ((word & kWide) == 0 && !UpdateLeaf(PackedOf(word), &run, change)) {
-    word = Widen(word);
-    slot.store(word, std::memory_order_release);
+  if ((word & kWide) != 0) UpdateLeaf(NodeOf(word), &run, change, &used);
+  slot.store(used == 0 ? 0 : WithUsed(word, used), std::memory_order_release);
+  if (used != 0) return;
+  if ((word & kWide) != 0) {
+    retired_.push_back(NodeOf(word));
+  } else {
+    leaves_.put(granule, LeafOf(word), /*is_empty=*/true);
   }
-  if ((word & kWide) != 0) UpdateLeaf(NodeOf(word), &run, change);
-  if (((word & kWide) != 0 ? NodeOf(word)->used : PackedOf(word)->used) != 0) return;
-  slot.store(0, std::memory_order_release);
-  retired_.push_back(word);
 }
 
-template <typename Leaf>
+template <typename Leaves>
 template <typename Entries, typename Change>
-bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Change& change) {
-  uint32_t used = leaf->used;
+bool PageMap<Leaves>::UpdateLeaf(Entries* leaf, PageRun* run, const Change& change,
+                                 uint64_t* used) {
   uint64_t page = run->first;
   for (const uint64_t end = run->end(); page < end; ++page) {
     const size_t i = page & (kGranulePages - 1);
@@ -165,18 +174,18 @@ bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Change& change
     const uint64_t word = change(old, page);
     if (word != 0 && !Entries::Fits(word)) break;
     leaf->set(i, word);
-    used += static_cast<uint32_t>(word != 0) - static_cast<uint32_t>(old != 0);
+    *used += uint64_t{word != 0} - uint64_t{old != 0};
   }
-  leaf->used = used;
   *run = {page, run->end() - page};
   return run->count == 0;
 }
 
 // The same for what is done to many entries at a time: a run that is not aligned as its targets are
 // fills leaves, in the reverse map above all (tests/bench, "miss, 2 MiB").
-template <typename Leaf>
+template <typename Leaves>
 template <typename Entries>
-bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Mapping& mapping) {
+bool PageMap<Leaves>::UpdateLeaf(Entries* leaf, PageRun* run, const Mapping& mapping,
+                                 uint64_t* used) {
   // What lies between fits if these do: targets ascend.
   if (!Entries::Fits(mapping(0, run->first)) || !Entries::Fits(mapping(0, run->end() - 1))) {
     return false;
@@ -188,83 +197,63 @@ bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Mapping& mappi
   for (size_t i = 1; i < run->count; ++i) {
     leaf->set(first + i, behind_start + (i << kPageShift));
   }
-  leaf->used += static_cast<uint32_t>(run->count);
+  *used += run->count;
   return true;
 }
 
-template <typename Leaf>
+template <typename Leaves>
 template <typename Entries>
-bool PageMap<Leaf>::UpdateLeaf(Entries* leaf, PageRun* run, const Unmapping&) {
+bool PageMap<Leaves>::UpdateLeaf(Entries* leaf, PageRun* run, const Unmapping&, uint64_t* used) {
   const size_t first = run->first & (kGranulePages - 1);
-  uint32_t gone = 0;
+  uint64_t gone = 0;
   for (size_t i = first; i < first + run->count; ++i) {
     gone += leaf->get(i) != 0 ? 1 : 0;
     leaf->set(i, 0);
   }
-  leaf->used -= gone;
+  *used -= gone;
   return true;
 }
 
-template <typename Leaf>
-template <typename Any>
-Any* PageMap<Leaf>::MakeNode(std::vector<std::unique_ptr<Any>>* spare) {
-  if (spare->empty()) return new Any;
-  Any* node = spare->back().release();
-  spare->pop_back();
-  return node;
-}
-
-template <typename Leaf>
-uint64_t PageMap<Leaf>::ExpandChunk(uint64_t word) {
-  Node* node = MakeNode(&spare_nodes_);
+template <typename Leaves>
+uint64_t PageMap<Leaves>::ExpandChunk(uint64_t word) {
+  Node* node = spare_.take();
   for (size_t i = 0; word != 0 && i < kGranulePages; ++i) {
     node->set(i, InRun(word, i << kGranuleShift, kChunkPages).word);
   }
-  node->used = word != 0 ? static_cast<uint32_t>(kGranulePages) : 0;
-  return reinterpret_cast<uint64_t>(node) | kTable;
+  node->used = node->unflat = word != 0 ? static_cast<uint32_t>(kGranulePages) : 0;
+  return WordFor(node, 0);
 }
 
-template <typename Leaf>
-uint64_t PageMap<Leaf>::ExpandGranule(uint64_t word) {
-  const auto fill = [word](auto* leaf) {
-    for (size_t i = 0; word != 0 && i < kGranulePages; ++i) {
-      leaf->set(i, InRun(word, i, kGranulePages).word);
-    }
-    leaf->used = word != 0 ? static_cast<uint32_t>(kGranulePages) : 0;
-    return reinterpret_cast<uint64_t>(leaf) | kTable;
+template <typename Leaves>
+uint64_t PageMap<Leaves>::ExpandGranule(uint64_t word, uint64_t granule) {
+  const uint64_t used = word != 0 ? kGranulePages : 0;
+  const auto fill = [&](auto* leaf, uint64_t flags) {
+    for (size_t i = 0; i < used; ++i) leaf->set(i, InRun(word, i, kGranulePages).word);
+    return WithUsed(WordFor(leaf, flags), used);
   };
   const bool fits = word == 0 || (Leaf::Fits(InRun(word, kGranulePages - 1, kGranulePages).word) &&
                                   Leaf::Fits(word));
-  return fits ? fill(MakeNode(&spare_)) : fill(MakeNode(&spare_nodes_)) | kWide;
+  Leaf* leaf = fits ? leaves_.take(granule) : nullptr;
+  return leaf != nullptr ? fill(leaf, 0) : fill(spare_.take(), kWide);
 }
 
-template <typename Leaf>
-uint64_t PageMap<Leaf>::Widen(uint64_t word) {
-  PackedNode* leaf = PackedOf(word);
-  Node* node = MakeNode(&spare_nodes_);
+template <typename Leaves>
+uint64_t PageMap<Leaves>::Widen(uint64_t word, uint64_t granule) {
+  Leaf* leaf = LeafOf(word);
+  Node* node = spare_.take();
   for (size_t i = 0; i < kGranulePages; ++i) node->set(i, leaf->get(i));
-  node->used = leaf->used;
-  retired_.push_back(word);
-  return reinterpret_cast<uint64_t>(node) | kTable | kWide;
+  leaves_.put(granule, leaf, /*is_empty=*/false);
+  return WithUsed(WordFor(node, kWide), UsedOf(word));
 }
 
-template <typename Leaf>
-void PageMap<Leaf>::reclaim() {
-  // A leaf that was widened is not empty.
-  const auto keep = [](auto node, auto* spare) {
-    if (node->used == 0 && spare->size() < kMostSpare) spare->push_back(std::move(node));
-  };
-  for (const uint64_t word : retired_) {
-    if ((word & kWide) != 0) {
-      keep(std::unique_ptr<Node>(NodeOf(word)), &spare_nodes_);
-    } else {
-      keep(std::unique_ptr<PackedNode>(PackedOf(word)), &spare_);
-    }
-  }
+template <typename Leaves>
+void PageMap<Leaves>::reclaim() {
+  for (Node* node : retired_) spare_.put(node, /*is_empty=*/true);
   retired_.clear();
+  leaves_.reclaim();
 }
 
-template class PageMap<PackedTargets>;
-template class PageMap<PackedPages>;
+template class PageMap<FlatLeaves>;
+template class PageMap<HeapLeaves<PackedPages>>;
 
 }  // namespace mvgpu::dma

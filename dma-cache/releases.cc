@@ -71,25 +71,22 @@ void DmaCache::AppendExtents(PageRun pages, std::vector<Extent>* extents) const 
 
 void DmaCache::UnpinLocked(std::span<const Extent> extents, bool for_write) {
   const domain::Access access = for_write ? domain::Access::kWrite : domain::Access::kRead;
-  PageRun run;
-  uint64_t as_runs = 0;
-  const auto release = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (run.count == 0) return;
-    pins_->release_kept(
-        run, access,
-        as_runs != 0 ? domain::PinCounts::Form::kRuns : domain::PinCounts::Form::kDense);
-  };
-  for (const Extent& extent : extents) {
-    if ((extent.flags & PinnedFlag(for_write)) == 0) continue;
-    if (run.count == 0 || run.end() != extent.pages.first ||
-        (extent.flags & AsRunsFlag(for_write)) != as_runs) {
-      release();
-      run = {extent.pages.first, 0};
-      as_runs = extent.flags & AsRunsFlag(for_write);
+  std::vector<PageRun>& runs = scratch_.unpinned;
+  for (const auto form : {domain::PinCounts::Form::kDense, domain::PinCounts::Form::kRuns}) {
+    const uint64_t as_runs =
+        form == domain::PinCounts::Form::kRuns ? AsRunsFlag(for_write) : uint64_t{0};
+    runs.clear();
+    for (const Extent& extent : extents) {
+      if ((extent.flags & PinnedFlag(for_write)) == 0) continue;
+      if ((extent.flags & AsRunsFlag(for_write)) != as_runs) continue;
+      if (!runs.empty() && runs.back().end() == extent.pages.first) {
+        runs.back().count += extent.pages.count;
+      } else {
+        runs.push_back(extent.pages);
+      }
     }
-    run.count += extent.pages.count;
+    pins_->release_last(runs, access, form);
   }
-  release();
 }
 
 void DmaCache::DropPinLocked(PageRun pages, bool for_write) {

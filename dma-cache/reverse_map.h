@@ -29,7 +29,7 @@ class ReverseMap {
  private:
   void RemoveOne(uint64_t iova, uint64_t device);
 
-  PageMap<PackedPages> first_;
+  PageMap<HeapLeaves<PackedPages>> first_;
   absl::btree_set<std::pair<uint64_t, uint64_t>> others_;  // device page, IOVA page
   std::vector<PageRun> free_;                              // kept, so that adding allocates nothing
 };

@@ -11,33 +11,28 @@ namespace mvgpu::domain {
 
 namespace {
 
-// Zero pages of the kernel until they are written; at `place`, if that is not null, instead of what
-// was there.
-void* MapArray(size_t size, int protection, void* place = nullptr) {
-  const int fixed = place == nullptr ? 0 : MAP_FIXED;
-  void* array =
-      mmap(place, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+// Zero pages of the kernel until they are written.
+void* MapArray(size_t size) {
+  void* array = mmap(nullptr, size, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   MVGPU_CHECK(array != MAP_FAILED);  // out of address space
   return array;
 }
 
-constexpr int kReadWrite = PROT_READ | PROT_WRITE;
-
 }  // namespace
 
 PageCounters::PageCounters()
-    : near_words_(static_cast<uint64_t*>(MapArray(kNearBytes, PROT_READ))) {}
+    : near_memory_(kNearBytes), near_words_(static_cast<uint64_t*>(near_memory_.data())) {}
 
 PageCounters::~PageCounters() {
   for (uint64_t i = 0; i < near_.size(); ++i) Free(i, &near_[i]);
   for (auto& [index, chunk] : far_) Free(index, &chunk);
-  munmap(near_words_, kNearBytes);
 }
 
 void PageCounters::Free(uint64_t index, Chunk* chunk) {
   uint64_t* words = std::exchange(chunk->words, nullptr);
   if (words != nullptr && index < kNearChunks) {
-    MapArray(kWordBytes, PROT_READ, words);
+    near_memory_.close(index * kWordBytes, kWordBytes);
   } else if (words != nullptr) {
     munmap(words, kWordBytes);
   }
@@ -116,20 +111,31 @@ void PageCounters::AddOne(Chunk* chunk, uint64_t page) {
   if (count == 0) {
     ++chunk->held;
     ++held_pages_;
-  } else if (count + 1 == kMore) {
-    if (chunk->bytes == nullptr)
-      chunk->bytes = static_cast<uint8_t*>(MapArray(kChunkPages, kReadWrite));
-    chunk->bytes[page & kChunkMask] = kMore;
   }
 }
 
+bool PageCounters::try_add_one(uint64_t page) {
+  if (!holds(page)) return false;
+  AddOne(FindChunk(page >> kChunkShift), page);
+  return true;
+}
+
+bool PageCounters::try_remove_one(uint64_t page) {
+  const uint64_t* word = Find(page);
+  if (word == nullptr || (*word >> ShiftOf(page) & kMore) < 2) return false;
+  RemoveOne(FindChunk(page >> kChunkShift), page);
+  return true;
+}
+
 void PageCounters::AddToMany(Chunk* chunk, uint64_t page) {
+  if (chunk->bytes == nullptr) chunk->bytes = static_cast<uint8_t*>(MapArray(kChunkPages));
   uint8_t& byte = chunk->bytes[page & kChunkMask];
   if (byte > kLargestByte) {
     ++more_[page];
-  } else if (++byte > kLargestByte) {
-    more_[page] = uint64_t{kLargestByte} + 1;
+    return;
   }
+  chunk->many += byte == 0 ? 1 : 0;
+  if (++byte > kLargestByte) more_[page] = kMore + byte;
 }
 
 void PageCounters::remove(PageRun run, std::vector<PageRun>* freed) {
@@ -181,10 +187,15 @@ bool PageCounters::RemoveOne(Chunk* chunk, uint64_t page) {
 }
 
 bool PageCounters::RemoveFromMany(Chunk* chunk, uint64_t page) {
+  if (chunk->many == 0) return true;
   uint8_t& byte = chunk->bytes[page & kChunkMask];
-  if (byte <= kLargestByte) return --byte < kMore;
+  if (byte == 0) return true;
+  if (byte <= kLargestByte) {
+    chunk->many -= --byte == 0 ? 1 : 0;
+    return false;
+  }
   const auto it = more_.find(page);
-  if (--it->second <= kLargestByte) {
+  if (--it->second <= kMore + kLargestByte) {
     more_.erase(it);
     byte = kLargestByte;
   }
@@ -196,8 +207,10 @@ uint64_t PageCounters::count(uint64_t page) const {
   if (word == nullptr) return 0;
   const uint64_t count = *word >> ShiftOf(page) & kMore;
   if (count != kMore) return count;
-  const uint8_t byte = FindChunk(page >> kChunkShift)->bytes[page & kChunkMask];
-  return byte <= kLargestByte ? byte : more_.at(page);
+  const Chunk* chunk = FindChunk(page >> kChunkShift);
+  if (chunk->many == 0) return kMore;
+  const uint8_t byte = chunk->bytes[page & kChunkMask];
+  return byte <= kLargestByte ? kMore + byte : more_.at(page);
 }
 
 uint64_t PageCounters::forget(uint64_t page) {
@@ -205,7 +218,11 @@ uint64_t PageCounters::forget(uint64_t page) {
   if (held == 0) return 0;
   Chunk* chunk = FindChunk(page >> kChunkShift);
   chunk->words[(page & kChunkMask) / kPagesPerWord] &= ~(kMore << ShiftOf(page));
-  if (held > kLargestByte) more_.erase(page);
+  if (held > kMore) {
+    chunk->bytes[page & kChunkMask] = 0;
+    --chunk->many;
+  }
+  if (held > kMore + kLargestByte) more_.erase(page);
   --chunk->held;
   --held_pages_;
   return held;
@@ -249,9 +266,12 @@ PageCounters::Chunk* PageCounters::GetChunk(uint64_t index) {
   const bool is_near = index < kNearChunks;
   if (is_near && index >= near_.size()) near_.resize(index + 1);
   Chunk& chunk = is_near ? near_[index] : far_[index];
-  if (chunk.words == nullptr) {
-    uint64_t* place = is_near ? near_words_ + index * (kChunkPages / kPagesPerWord) : nullptr;
-    chunk.words = static_cast<uint64_t*>(MapArray(kWordBytes, kReadWrite, place));
+  if (chunk.words != nullptr) return &chunk;
+  if (is_near) {
+    near_memory_.open(index * kWordBytes, kWordBytes);
+    chunk.words = near_words_ + index * (kChunkPages / kPagesPerWord);
+  } else {
+    chunk.words = static_cast<uint64_t*>(MapArray(kWordBytes));
   }
   return &chunk;
 }

@@ -10,18 +10,22 @@
 #include <absl/container/flat_hash_map.h>
 
 #include "apionly-domain/base/address.h"
+#include "apionly-domain/base/reserved_memory.h"
 
 namespace mvgpu::domain {
 
 // How often each page is held, in three forms, the smallest that fits:
 //
-//   2 bits   for every page of a chunk (1 GiB) in which something was held: 0, 1, 2, or "more"
-//   a byte   in a second array of the chunk, that exists only where some page is held 3 times
-//   a table  for counts above 254, so that none overflows
+//   2 bits   for every page of a chunk (1 GiB) in which something was held: 0, 1, 2, or 3 "and
+//   more" a byte   how much more, in a second array of the chunk, that exists only where some page
+//   is held
+//            4 times, and that nobody looks at while none is
+//   a table  for counts above 257, so that none overflows
 //
-// Most pages are held once, and a hit makes that two for a while. So what hits touch are 4 MiB for
-// 64 GiB of RAM, which the caches and TLBs of a processor hold, where 8-byte counters would be 128;
-// and neighbours are counted 32 at a time (tests/bench, "pin + release").
+// Most pages are held once, and a hit makes that two for a while, or three where a batch has a page
+// twice. So what hits touch are 4 MiB for 64 GiB of RAM, which the caches and TLBs of a processor
+// hold, where 8-byte counters would be 128; and neighbours are counted 32 at a time (tests/bench,
+// "pin + release").
 //
 // The 2 bits of all pages below 16 TiB are one array of 1 GiB of addresses: where a page is counted
 // is its number and a shift away, without a look at what is there. It has memory only where
@@ -46,6 +50,11 @@ class PageCounters {
   // One less for every page of the run, if each is held exactly twice; otherwise false, and nothing
   // is changed.
   bool try_remove(PageRun run) { return TryFlipOverChunks(run, kTwos); }
+
+  // One more and one less for one page, if that changes nothing about which pages are held: it is
+  // held before, and afterwards. False, and nothing is changed, otherwise.
+  bool try_add_one(uint64_t page);
+  bool try_remove_one(uint64_t page);
 
   void add(PageRun run);
   // Appends the pages of the run that are held no longer, in runs. REQUIRES: all of them are held.
@@ -73,7 +82,9 @@ class PageCounters {
    public:
     explicit Near(const PageCounters& counters) : words_(counters.near_words_) {}
     static constexpr bool has(PageRun run) { return run.end() <= kNearPages; }
-    void prefetch(uint64_t page) const { __builtin_prefetch(word_of(page), /*rw=*/1); }
+    [[gnu::always_inline]] void prefetch(uint64_t page) const {
+      __builtin_prefetch(word_of(page), /*rw=*/1);
+    }
     bool try_add(PageRun run) const { return TryFlip(word_of(run.first), run, kOnes); }
     bool try_remove(PageRun run) const { return TryFlip(word_of(run.first), run, kTwos); }
     // For loops over single pages: the word with a page's two bits.
@@ -104,19 +115,20 @@ class PageCounters {
   static constexpr uint64_t kPagesPerWord = 32;
   static constexpr uint64_t kOnes = 0x5555'5555'5555'5555;  // every page of a word held once
   static constexpr uint64_t kTwos = kOnes << 1;
-  static constexpr uint64_t kMore = 3;          // the count is in the byte,
-  static constexpr uint8_t kLargestByte = 254;  // or, when that is 255, in more_
+  static constexpr uint64_t kMore = 3;          // and what the byte says,
+  static constexpr uint8_t kLargestByte = 254;  // or, when that is 255, what more_ says instead
   static constexpr size_t kWordBytes = kChunkPages / kPagesPerWord * sizeof(uint64_t);
   static constexpr size_t kNearBytes = kNearPages / kPagesPerWord * sizeof(uint64_t);
 
   struct Chunk {
     uint64_t* words = nullptr;  // 2 bits per page, writable; null where nothing was ever held
-    uint8_t* bytes = nullptr;   // one per page, valid where the 2 bits are kMore
+    uint8_t* bytes = nullptr;   // one per page, 0 where the 2 bits are not kMore
     uint64_t held = 0;          // pages
+    uint64_t many = 0;          // pages with a byte that is not 0
   };
 
   static constexpr unsigned ShiftOf(uint64_t page) {
-    return static_cast<unsigned>(page % kPagesPerWord) * 2;
+    return static_cast<unsigned>(page * 2 % 64);  // a shift does this by itself
   }
   // The bits of the pages [first, end) of one word, first < kPagesPerWord.
   static constexpr uint64_t MaskOf(uint64_t first, uint64_t end) {
@@ -159,17 +171,19 @@ class PageCounters {
   void AddOne(Chunk* chunk, uint64_t page);
   // True when the page is held no longer.
   bool RemoveOne(Chunk* chunk, uint64_t page);
-  // One more or less for a page that is held 3 times or more. True when it is held twice then.
+  // One more or less for a page that is held 3 times or more. True when it is held twice then,
+  // which the 2 bits do not say yet.
   void AddToMany(Chunk* chunk, uint64_t page);
   bool RemoveFromMany(Chunk* chunk, uint64_t page);
   void Free(uint64_t index, Chunk* chunk);
   // The chunks with held pages that the run touches, in order.
   std::vector<uint64_t> HeldChunks(PageRun run) const;
 
-  uint64_t* const near_words_;                // of kNearPages; writable where a chunk has words
+  ReservedMemory near_memory_;                // open where a chunk has words
+  uint64_t* const near_words_;                // of kNearPages; in it
   std::vector<Chunk> near_;                   // by chunk; as long as the highest one in use needs
   absl::flat_hash_map<uint64_t, Chunk> far_;  // chunks from kNearChunks on
-  absl::flat_hash_map<uint64_t, uint64_t> more_;  // counts above kLargestByte, by page
+  absl::flat_hash_map<uint64_t, uint64_t> more_;  // counts above kMore + kLargestByte, by page
   uint64_t held_pages_ = 0;
 };
 

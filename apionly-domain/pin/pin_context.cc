@@ -76,7 +76,8 @@ void PinContext::PinSlowly(IovaRange pages, Access access, Result<PinnedRange>* 
   const auto form = PinCounts::FormFor(PagesOf(pages).count);
   PinnedRuns runs;  // in the handle only when they are pinned
   if (!TryPinPieces(pages, access, form, &runs)) {
-    auto held = domain_.PinMiss(this, pages, access, form, &runs);
+    const PageRun run = PagesOf(pages);
+    auto held = domain_.PinMiss(this, {&run, 1}, access, form, &runs);
     if (!held) {
       *pinned = tl::unexpected<Error>(std::move(held).error());
       return;
@@ -86,6 +87,20 @@ void PinContext::PinSlowly(IovaRange pages, Access access, Result<PinnedRange>* 
   (*pinned)->for_write_ = IsForWrite(access);
   (*pinned)->form_ = form;
   (*pinned)->runs_ = std::move(runs);
+}
+
+Result<PinnedRange> PinContext::pin_misses(std::span<const PageRun> pages, Access access) {
+  uint64_t largest = 0;
+  for (const PageRun& run : pages) largest = std::max(largest, run.count);
+  PinnedRange pinned(this, IsForWrite(access), PinCounts::FormFor(largest));
+  PinnedRuns runs;  // in the handle only when they are pinned
+  MVGPU_RETURN_IF_ERROR(domain_.PinMiss(this, pages, access, pinned.form_, &runs));
+  pinned.runs_ = std::move(runs);
+  return pinned;
+}
+
+void PinContext::release_last(std::span<const PageRun> pages, Access access, PinCounts::Form form) {
+  if (!pages.empty()) domain_.ReleaseMiss(this, pages, IsForWrite(access), form);
 }
 
 bool PinContext::TryPinPieces(IovaRange pages, Access access, PinCounts::Form form,
@@ -128,7 +143,7 @@ void PinContext::ReleaseSlowly(PageRun run, bool for_write, PinCounts::Form form
       return;
     }
   }
-  domain_.ReleaseMiss(this, run, for_write, form);
+  domain_.ReleaseMiss(this, {&run, 1}, for_write, form);
 }
 
 Result<void> PinContext::pin_pages(std::span<const Iova> pages, Access access,

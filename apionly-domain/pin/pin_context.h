@@ -63,14 +63,22 @@ class alignas(64) PinContext {
   // before are.
   Result<void> unpin_pages(std::span<const Iova> pages, Access access);
 
+  // The same as pin() for several runs of pages, all of them or none, at the cost of one miss: for
+  // who knows that they are misses. REQUIRES: they are in ascending order, and apart.
+  Result<PinnedRange> pin_misses(std::span<const PageRun> pages, Access access);
+
   // Lets go of pages of which the handle was given up. REQUIRES: this context pinned them for this
   // kind of access, and PinnedRange::keep() said `form`.
   void release_kept(PageRun pages, Access access, PinCounts::Form form) {
     ReleaseRun(pages, IsForWrite(access), form);
   }
+  // The same for several runs that nobody holds afterwards as a rule, at the cost of one release.
+  void release_last(std::span<const PageRun> pages, Access access, PinCounts::Form form);
 
   // Asks for what a pin of the page looks at first: for who is about to pin many pages one by one.
-  void prefetch(Iova page, Access access) const {
+  // Inline: the compiler sees no effect in a call of a function that only prefetches, and leaves it
+  // out.
+  [[gnu::always_inline]] void prefetch(Iova page, Access access) const {
     PrefetchCounter(page.page(), IsForWrite(access));
   }
 
@@ -103,7 +111,8 @@ class alignas(64) PinContext {
   void ForgetPins(uint64_t calls, uint64_t pages);
   // So that a hit does not wait for its counter with the lock held: a locked instruction holds up
   // every load behind it.
-  void PrefetchCounter(uint64_t page, bool for_write) const ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  [[gnu::always_inline]] void PrefetchCounter(uint64_t page,
+                                              bool for_write) const ABSL_NO_THREAD_SAFETY_ANALYSIS {
     PageCounters::Near(counts_[for_write ? 1 : 0].dense()).prefetch(page);
   }
   // Hits that one look decides, see pin_context.cc. False, and nothing is changed, when it may be a

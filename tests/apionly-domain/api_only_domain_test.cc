@@ -102,6 +102,30 @@ TEST_F(ApiOnlyDomainTest, PartsCanBeReleasedInAnyOrder) {
   EXPECT_EQ(domain_->counters().pinned_pages, 0u);
 }
 
+TEST_F(ApiOnlyDomainTest, SeveralRunsArePinnedTogetherOrNotAtAll) {
+  Map(0, 0, 1024 * kPageSize);
+  auto before = Pin(BytesIn(20), kPageSize, Access::kRead);
+  const std::vector<PageRun> runs = {{4, 2}, {20, 3}, {700, 1}};
+  for (uint64_t n = 1; n <= 3; ++n) {
+    pins_->fail_at_call = n;
+    EXPECT_THAT(context_->pin_misses(runs, Access::kReadWrite), FailsWith(ErrorCode::kLimit));
+    EXPECT_EQ(domain_->counters().unique_pages, 1u);
+    EXPECT_EQ(domain_->counters().pinned_pages, 1u);
+  }
+  const std::vector<PageRun> hole = {{4, 2}, {1024, 1}};
+  EXPECT_THAT(context_->pin_misses(hole, Access::kRead), FailsWith(ErrorCode::kNotMapped));
+  EXPECT_EQ(domain_->counters().pinned_pages, 1u);
+  auto pinned = context_->pin_misses(runs, Access::kReadWrite);
+  ASSERT_THAT(pinned, IsOk());
+  ASSERT_EQ(pinned->runs().size(), 3u);
+  for (size_t i = 0; i < runs.size(); ++i) EXPECT_EQ(pinned->runs()[i].iova_pages(), runs[i]);
+  EXPECT_EQ(domain_->counters().unique_pages, 6u);
+  EXPECT_EQ(domain_->counters().pinned_pages, 7u);
+  context_->release_last(runs, Access::kReadWrite, pinned->keep());
+  EXPECT_EQ(domain_->counters().unique_pages, 1u);
+  EXPECT_EQ(domain_->counters().pinned_pages, 1u);
+}
+
 TEST_F(ApiOnlyDomainTest, APinWithoutItsHandleIsReleasedInAnyParts) {
   Map(0, 0, 1024 * kPageSize);
   auto small = Pin(0, 16 * kPageSize, Access::kRead);

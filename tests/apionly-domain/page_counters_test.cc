@@ -96,6 +96,45 @@ TEST_F(PageCountersTest, CountsAboveAByteNeverOverflow) {
   EXPECT_FALSE(counters_.holds(5));
 }
 
+TEST_F(PageCountersTest, OnePageMoreOrLessAsLongAsItStaysHeld) {
+  EXPECT_FALSE(counters_.try_add_one(5));
+  EXPECT_FALSE(counters_.try_remove_one(5));
+  EXPECT_FALSE(counters_.try_add_one(kFarPage));
+  EXPECT_FALSE(counters_.try_remove_one(kFarPage));
+  for (const uint64_t page : {uint64_t{5}, kFarPage}) {
+    counters_.add({page, 1});
+    EXPECT_FALSE(counters_.try_remove_one(page));
+    for (uint64_t count = 2; count < 300; ++count) {
+      ASSERT_TRUE(counters_.try_add_one(page));
+      ASSERT_EQ(counters_.count(page), count);
+    }
+    for (uint64_t count = 299; --count > 0;) {
+      ASSERT_TRUE(counters_.try_remove_one(page));
+      ASSERT_EQ(counters_.count(page), count);
+    }
+    EXPECT_FALSE(counters_.try_remove_one(page));
+    EXPECT_EQ(counters_.count(page), 1u);
+  }
+  EXPECT_EQ(counters_.held_pages(), 2u);
+}
+
+// The byte says how much more than three: what one count leaves there must not be the next one's.
+TEST_F(PageCountersTest, AForgottenPageIsCountedAnew) {
+  for (const uint64_t holds : {3, 4, 257, 258, 400}) {
+    for (uint64_t i = 0; i < holds; ++i) counters_.add({7, 1});
+    counters_.add({8, 1});
+    EXPECT_EQ(counters_.forget(7), holds);
+    for (uint64_t count = 1; count < 6; ++count) {
+      counters_.add({7, 1});
+      EXPECT_EQ(counters_.count(7), count) << holds;
+    }
+    EXPECT_EQ(counters_.forget(7), 5u);
+    for (int i = 0; i < 3; ++i) counters_.add({8, 1});
+    EXPECT_EQ(counters_.count(8), 4u);
+    EXPECT_EQ(counters_.forget(8), 4u);
+  }
+}
+
 TEST_F(PageCountersTest, OneFullByteSendsTheWholeRunTheSlowWay) {
   counters_.add({0, 16});
   for (int i = 0; i < 300; ++i) counters_.add({7, 1});

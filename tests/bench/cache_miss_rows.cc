@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <array>
 #include <utility>
+#include <vector>
 
 #include "tests/bench/bench_cache.h"
 #include "tests/bench/cache_table.h"
@@ -24,18 +26,16 @@ struct Empty final : dma::DmaUser::Owner {
   void on_revoke(IovaRange) override {}
 
   // What a batch of misses and their releases cannot do without, in the order in which they do it.
-  void pin_and_map(std::span<const IovaRange> wanted) {
-    pins.clear();
+  void pin_and_map(std::span<const PageRun> wanted) {
     mapped.clear();
-    for (const IovaRange& range : wanted) {
-      auto pin = context->pin(range, kAccess);
-      MVGPU_CHECK(pin.has_value());
-      MVGPU_CHECK(mapper->map(pin->runs(), kAccess, &mapped).has_value());
-      pins.push_back(std::move(*pin));
+    auto pin = context->pin_misses(wanted, kAccess);
+    MVGPU_CHECK(pin.has_value());
+    for (const domain::PinnedRun& run : pin->runs()) {
+      MVGPU_CHECK(mapper->map({&run, 1}, kAccess, &mapped).has_value());
     }
     for (const dma::MappedRun& run : mapped) mapper->unmap(run.address, run.iova.size());
     mapper->flush();
-    pins.clear();
+    context->release_last(wanted, kAccess, pin->keep());
   }
 
   Guest guest;
@@ -43,8 +43,7 @@ struct Empty final : dma::DmaUser::Owner {
   dma::DmaCache cache;
   std::unique_ptr<dma::DmaUser> user;
   std::unique_ptr<domain::PinContext> context;
-  std::vector<IovaRange> ranges;
-  std::vector<domain::PinnedRange> pins;
+  std::vector<PageRun> runs;
   std::vector<dma::MappedRun> mapped;
 };
 
@@ -59,10 +58,20 @@ double Beyond(const Settings& settings, const Side& ours, const Side& bare) {
   return differences[differences.size() / 2];
 }
 
+// What the pins of a batch ask for is in order already.
+PageSlices SortedInBatches(const PageSlices& pages) {
+  std::vector<Iova> sorted(pages.all().begin(), pages.all().end());
+  for (auto first = sorted.begin(); first != sorted.end(); first += kBatch) {
+    std::sort(first, first + kBatch);
+  }
+  return {std::move(sorted), pages.per_round()};
+}
+
 Result<double> ScatteredMiss(const Settings& settings) {
   Empty empty(settings, std::make_unique<ScatteringMapper>(PagesIn(settings.memory)));
   const PageSlices pages(empty.guest.pages().random(settings.work(256 << 10), /*seed=*/1),
                          settings.work(64 << 10));
+  const PageSlices sorted = SortedInBatches(pages);
   const auto ours = Timed(pages.per_round(), [&](uint64_t round) {
     pages.for_each_batch(round, kBatch, [&](auto batch) {
       std::array<DmaAddr, kBatch> addresses;
@@ -71,14 +80,15 @@ Result<double> ScatteredMiss(const Settings& settings) {
     });
   });
   const auto bare = Timed(pages.per_round(), [&](uint64_t round) {
-    pages.for_each_batch(round, kBatch, [&](auto batch) {
-      std::vector<IovaRange>& ranges = empty.ranges;
-      ranges.clear();
+    sorted.for_each_batch(round, kBatch, [&](auto batch) {
+      empty.runs.clear();
       for (const Iova page : batch) {
-        ranges.push_back(IovaRange::FromFirstAndLast(page, page + kPageMask));
         empty.context->prefetch(page, kAccess);
+        if (empty.runs.empty() || empty.runs.back().first != page.page()) {
+          empty.runs.push_back({page.page(), 1});
+        }
       }
-      empty.pin_and_map(ranges);
+      empty.pin_and_map(empty.runs);
     });
   });
   return Beyond(settings, ours, bare);
@@ -100,8 +110,8 @@ Result<double> RunMiss(const Settings& settings) {
   });
   const auto bare = Timed(runs * kRun, [&](uint64_t round) {
     for (uint64_t i = 0; i < runs; ++i) {
-      const IovaRange range = range_of(round, i);
-      empty.pin_and_map({&range, 1});
+      const PageRun run = PagesOf(range_of(round, i));
+      empty.pin_and_map({&run, 1});
     }
   });
   return Beyond(settings, ours, bare);

@@ -253,14 +253,14 @@ class Model {
     }
     const bool whole = std::all_of(hold.pages.begin(), hold.pages.end(),
                                    [this](uint64_t page) { return IsMapped(page); });
-    // What a batch had before it failed becomes idle: the reference does not say in which order.
-    if (!whole && kind_.idle_limit != 0 && !kind_.faults) return;
     std::vector<DmaAddr> addresses(count);
     const bool armed = ArmFault();
     const auto epoch = (*users_[hold.user])->map_pages(iovas, hold.direction, addresses);
     const bool struck = DisarmFault(armed);
     if (!epoch) {
       ASSERT_TRUE(!whole || struck) << epoch.error().message();
+      std::sort(hold.pages.begin(), hold.pages.end());
+      IdleAgain(hold.pages);
       return;
     }
     ASSERT_TRUE(whole);

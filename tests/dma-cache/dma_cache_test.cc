@@ -320,9 +320,9 @@ TEST_F(DmaCacheTest, APinFailureAtAnyStepRollsBack) {
 // GVT-g's split of 2 MiB into pages freed the pages before a failure twice; another path not at
 // all.
 TEST_F(DmaCacheTest, EveryPageOfASplitThatFailsIsReleasedOnce) {
-  MapScattered(200, 32);
+  MapScattered(200, 64);
   std::vector<uint64_t> pages;
-  for (uint64_t i = 0; i < 32; ++i) pages.push_back(231 - i);  // each a call of the mapper
+  for (uint64_t i = 0; i < 32; ++i) pages.push_back(262 - 2 * i);  // each a call of the mapper
   for (uint64_t n = 1; n <= 32; ++n) {
     mapper_.fail_at_call = n;
     EXPECT_THAT(UsePages(pages), FailsWith(ErrorCode::kLimit)) << n;
@@ -450,6 +450,44 @@ TEST_F(DmaCacheTest, AMissThatFailsInABatchLeavesWhatWasHeldBefore) {
   EXPECT_EQ(UniquePins(), 2u);
   ASSERT_THAT(Release(*before), IsOk());
   EXPECT_EQ(UniquePins(), 0u);
+}
+
+TEST_F(DmaCacheTest, PagesOfABatchThatContinueEachOtherAreOneRunInAnyOrder) {
+  const auto loose = UsePages({42, 40, 41, 40, 60});
+  ASSERT_THAT(loose, IsOk());
+  EXPECT_EQ(mapper_.map_calls, 2u);  // 40-42, 60
+  EXPECT_EQ(pins_->calls, 2u);
+  EXPECT_EQ(Now().miss_pages, 4u);
+  EXPECT_EQ(Now().hit_pages, 1u);  // 40 once more
+  EXPECT_EQ(Now().map_calls, 1u);
+  EXPECT_THAT(Release(*loose), IsOk());
+  EXPECT_EQ(Now().cached_pages, 0u);
+}
+
+// Gaps and pages that lack the pin for writing, in one batch.
+TEST_F(DmaCacheTest, ABatchOfGapsAndUpgradesFailsAsAWholeAtAnyStep) {
+  const auto readers = UsePages({10, 12, 14});
+  ASSERT_THAT(readers, IsOk());
+  const std::vector<uint64_t> pages = {14, 3, 12, 30, 31, 10, 50};
+  for (uint64_t n = 1; n <= 3; ++n) {  // 3, 30-31, 50
+    mapper_.fail_at_call = n;
+    EXPECT_THAT(UsePages(pages, Direction::kFromDevice), FailsWith(ErrorCode::kLimit)) << n;
+    EXPECT_EQ(mapper_.mapped_pages(), 3u);
+    EXPECT_EQ(UniquePins(), 3u);
+    pins_->fail_at_call = n;
+    EXPECT_THAT(UsePages(pages, Direction::kFromDevice), FailsWith(ErrorCode::kLimit)) << n;
+    EXPECT_EQ(UniquePins(), 3u);
+  }
+  domain_->start_dirty_log();
+  DirtyPages();
+  EXPECT_EQ(DirtyPages(), 0u);  // no pin for writing is left
+  const auto writers = UsePages(pages, Direction::kFromDevice);
+  ASSERT_THAT(writers, IsOk());
+  DirtyPages();
+  EXPECT_EQ(DirtyPages(), 0x0004'0000'c000'5408u);
+  EXPECT_THAT(Release(*readers), IsOk());
+  EXPECT_THAT(Release(*writers, Direction::kFromDevice), IsOk());
+  domain_->stop_dirty_log();
 }
 
 TEST_F(DmaCacheTest, TheLastReleasesOfABatchAreFlushedTogetherBeforeAnyPinGoes) {

@@ -5,6 +5,7 @@
 #include <map>
 #include <random>
 
+#include "dma-cache/near_targets.h"
 #include "dma-cache/reverse_map.h"
 #include "dma-cache/revoked_holds.h"
 
@@ -14,13 +15,13 @@ namespace {
 using Flags = PageMapFlags;
 
 // What a loop over single pages sees, without kStart; 0: nothing.
-uint64_t WordNear(const PageMap<PackedTargets>& map, uint64_t page) {
-  const PageMap<PackedTargets>::Near near(map);
-  const uint64_t word = PageMap<PackedTargets>::Near::WordOf(near.look_up(page), page);
+uint64_t WordNear(const PageMap<FlatLeaves>& map, uint64_t page) {
+  const NearTargets near(map);
+  const uint64_t word = NearTargets::WordOf(near.look_up(page));
   return (word & (Flags::kRead | Flags::kWrite)) == 0 ? 0 : word & ~Flags::kStart;
 }
 // What it should see: pages from 16 TiB on are not near.
-uint64_t NearWordOf(const PageMap<PackedTargets>& map, uint64_t page) {
+uint64_t NearWordOf(const PageMap<FlatLeaves>& map, uint64_t page) {
   return page >> 32 == 0 ? map.find(page).word & ~Flags::kStart : 0;
 }
 
@@ -28,7 +29,7 @@ uint64_t NearWordOf(const PageMap<PackedTargets>& map, uint64_t page) {
 TEST(PageMapTest, AgreesWithAMapOfPages) {
   constexpr uint64_t kPlaces[] = {
       0, 500, 1 << 18, (1 << 18) - 30, (uint64_t{1} << 32) - 600, uint64_t{1} << 40};
-  PageMap<PackedTargets> map;
+  PageMap<FlatLeaves> map;
   std::map<uint64_t, std::pair<uint64_t, uint64_t>> naive;  // page -> target, flags
   std::mt19937_64 random(5);
   for (int step = 0; step < 4000; ++step) {
@@ -79,7 +80,7 @@ TEST(PageMapTest, AgreesWithAMapOfPages) {
 }
 
 TEST(PageMapTest, WhatIsWholeIsOneWordAndCanBeCut) {
-  PageMap<PackedTargets> map;
+  PageMap<FlatLeaves> map;
   constexpr uint64_t kChunk = 1 << 18;
   map.map({0, 3 * kChunk}, 1000, Flags::kRead);
   EXPECT_EQ(map.find(kChunk).left, kChunk);
@@ -92,7 +93,7 @@ TEST(PageMapTest, WhatIsWholeIsOneWordAndCanBeCut) {
 }
 
 TEST(PageMapTest, LoopsSeeNothingWhereNothingIs) {
-  PageMap<PackedTargets> map;
+  PageMap<FlatLeaves> map;
   map.map({600, 1}, 7, Flags::kRead);
   map.map({5 * 512, 512}, 9, Flags::kWrite);
   for (const uint64_t page : {uint64_t{0}, uint64_t{601}, uint64_t{6 * 512}, uint64_t{1} << 20,
@@ -100,6 +101,106 @@ TEST(PageMapTest, LoopsSeeNothingWhereNothingIs) {
     EXPECT_EQ(WordNear(map, page), 0u) << page;
   }
   EXPECT_EQ(WordNear(map, 5 * 512 + 3), uint64_t{12} << kPageShift | Flags::kWrite);
+}
+
+// A granule whose leaf went elsewhere keeps what readers may still see of it, until nobody does.
+TEST(PageMapTest, AnEntryThatDoesNotFitLeavesTheOthersWhereReadersFindThem) {
+  PageMap<FlatLeaves> map;
+  map.map({10, 1}, 77, Flags::kRead);
+  const NearTargets near(map);
+  const uint64_t looked_up = near.look_up(10);
+  map.map({11, 1}, uint64_t{1} << 45, Flags::kRead);  // too large
+  EXPECT_EQ(NearTargets::WordOf(looked_up) >> kPageShift, 77u);
+  EXPECT_EQ(WordNear(map, 10), map.find(10).word & ~Flags::kStart);
+  EXPECT_EQ(WordNear(map, 11) >> kPageShift, uint64_t{1} << 45);
+  map.unmap({10, 2});
+  map.map({12, 1}, 5, Flags::kRead);  // before reclaim(): not where the old entries are
+  EXPECT_EQ(NearTargets::WordOf(looked_up) >> kPageShift, 77u);
+  EXPECT_EQ(WordNear(map, 12) >> kPageShift, 5u);
+  EXPECT_EQ(map.find(10).word, 0u);
+  EXPECT_TRUE(map.has_retired());
+  map.reclaim();
+  EXPECT_FALSE(map.has_retired());
+  EXPECT_EQ(NearTargets::WordOf(looked_up), 0u);
+  EXPECT_EQ(map.find(12).target(), 5u);
+  map.unmap({12, 1});
+  map.map({12, 1}, 6, Flags::kRead);
+  EXPECT_EQ(map.find(10).word, 0u);
+  EXPECT_EQ(map.find(12).target(), 6u);
+}
+
+TEST(PageMapTest, AChunkOfLeavesMayGetARunAndLoseIt) {
+  PageMap<FlatLeaves> map;
+  map.map({3, 1}, 30, Flags::kRead);
+  map.map({1024, 512}, 5000, Flags::kRead);
+  EXPECT_EQ(WordNear(map, 1030) >> kPageShift, 5006u);
+  EXPECT_EQ(WordNear(map, 3) >> kPageShift, 30u);
+  map.unmap({1024, 512});
+  EXPECT_EQ(WordNear(map, 1030), 0u);
+  EXPECT_EQ(WordNear(map, 3) >> kPageShift, 30u);
+  map.map({1024, 512}, 5000, Flags::kRead);
+  map.unmap({1030, 1});  // now it is a leaf
+  EXPECT_EQ(WordNear(map, 1030), 0u);
+  EXPECT_EQ(WordNear(map, 1031) >> kPageShift, 5007u);
+}
+
+TEST(FlatLeavesTest, WhatIsEmptyForLongGivesItsMemoryBackAndReadsAsNothing) {
+  PageMap<FlatLeaves> map;
+  constexpr uint64_t kGroup = 16 * 512;  // pages of a group
+  for (uint64_t i = 0; i < 10; ++i) map.map({i * kGroup + 7, 1}, 70 + i, Flags::kRead);
+  EXPECT_EQ(map.leaf_groups(), 10u);
+  for (uint64_t i = 1; i < 10; ++i) map.unmap({i * kGroup + 7, 1});
+  EXPECT_EQ(map.leaf_groups(), 10u);  // for a while
+  // One that is used again and again keeps its memory; the others have been empty for too long.
+  for (int round = 0; round < 200; ++round) {
+    map.map({9 * kGroup + 7, 1}, 99, Flags::kRead);
+    map.unmap({9 * kGroup + 7, 1});
+    if (round > 180) {
+      ASSERT_EQ(map.leaf_groups(), 2u) << round;
+    }
+  }
+  EXPECT_EQ(map.find(7).target(), 70u);
+  for (uint64_t i = 1; i < 10; ++i) {
+    EXPECT_EQ(WordNear(map, i * kGroup + 7), 0u);
+    map.map({i * kGroup + 7, 1}, 700 + i, Flags::kRead);
+    EXPECT_EQ(WordNear(map, i * kGroup + 7) >> kPageShift, 700 + i);
+  }
+  EXPECT_EQ(map.leaf_groups(), 10u);
+}
+
+TEST(FlatLeavesTest, AGroupStaysWhileAnyOfItsLeavesIsInUse) {
+  FlatLeaves leaves;
+  ASSERT_NE(leaves.take(16), nullptr);
+  FlatLeaves::Leaf* last = leaves.take(31);
+  last->set(511, uint64_t{5} << kPageShift | Flags::kRead);
+  leaves.put(16, nullptr, /*is_empty=*/true);
+  leaves.pass(1 << 20);
+  EXPECT_EQ(leaves.groups(), 1u);
+  EXPECT_EQ(last->get(511), uint64_t{5} << kPageShift | Flags::kRead);
+  last->set(511, 0);
+  leaves.put(31, last, /*is_empty=*/true);
+  EXPECT_EQ(leaves.groups(), 1u);
+  leaves.pass(1 << 20);
+  EXPECT_EQ(leaves.groups(), 0u);
+}
+
+TEST(FlatLeavesTest, ThereAreNoneFrom16TiBOn) {
+  FlatLeaves leaves;
+  EXPECT_NE(leaves.take(FlatLeaves::kNearGranules - 1), nullptr);
+  EXPECT_EQ(leaves.take(FlatLeaves::kNearGranules), nullptr);
+}
+
+TEST(FlatLeavesTest, EveryEntryOfALeafHasAPlaceOfItsOwnWithinOneLine) {
+  FlatLeaves leaves;
+  FlatLeaves::Leaf* leaf = leaves.take(5);
+  for (size_t i = 0; i < kLeafEntries; ++i) {
+    leaf->set(i, (uint64_t{0xfedcba0000} + i) << kPageShift | Flags::kAllFlags);
+    const auto at = reinterpret_cast<uintptr_t>(&leaf->at(i));
+    EXPECT_EQ(at / 64, (at + 5) / 64) << i;
+  }
+  for (size_t i = 0; i < kLeafEntries; ++i) {
+    EXPECT_EQ(leaf->get(i), (uint64_t{0xfedcba0000} + i) << kPageShift | Flags::kAllFlags) << i;
+  }
 }
 
 TEST(ReverseMapTest, AgreesWithAMultimap) {

@@ -1,0 +1,36 @@
+#include "apionly-domain/base/reserved_memory.h"
+
+#include <sys/mman.h>
+
+#include "apionly-domain/base/check.h"
+
+namespace mvgpu {
+
+namespace {
+
+// At `place`, if that is not null, instead of what was there.
+void* Map(size_t size, int protection, void* place) {
+  const int fixed = place == nullptr ? 0 : MAP_FIXED;
+  void* mapped =
+      mmap(place, size, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | fixed, -1, 0);
+  MVGPU_CHECK(mapped != MAP_FAILED);  // out of address space
+  return mapped;
+}
+
+}  // namespace
+
+ReservedMemory::ReservedMemory(size_t size) : data_(Map(size, PROT_READ, nullptr)), size_(size) {}
+
+ReservedMemory::~ReservedMemory() { munmap(data_, size_); }
+
+void ReservedMemory::open(size_t offset, size_t size) {
+  Map(size, PROT_READ | PROT_WRITE, At(offset));
+}
+
+void ReservedMemory::close(size_t offset, size_t size) { Map(size, PROT_READ, At(offset)); }
+
+void ReservedMemory::give_back(size_t offset, size_t size) {
+  MVGPU_CHECK(madvise(At(offset), size, MADV_DONTNEED) == 0);
+}
+
+}  // namespace mvgpu

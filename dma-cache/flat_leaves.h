@@ -1,0 +1,89 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <vector>
+
+#include "apionly-domain/base/reserved_memory.h"
+#include "dma-cache/leaves.h"
+
+namespace mvgpu::dma {
+
+// Leaves at computed addresses: the entry of each page below 16 TiB has its place in one array of
+// 26 GiB of addresses, so a reader asks for an entry as soon as it knows the page, and need not
+// wait for a pointer to come first (tests/bench, "scattered device addresses").
+//
+// The array has memory where leaves are in use, and for a while afterwards: 16 leaves have 13
+// pages, which are given back when they have been empty for so long that kPatience times as
+// many pages were unmapped meanwhile as there are groups with memory. So a group that is used again
+// and again keeps its memory, and what a use of the past left behind goes with the next one.
+//
+// One writer at a time; entries may be read beside it as PageMap says.
+class FlatLeaves {
+ public:
+  using Leaf = PackedTargets;
+  static constexpr uint64_t kNearGranules = uint64_t{1} << 23;
+
+  FlatLeaves() : memory_(kNearGranules * sizeof(Leaf)) {}
+
+  // By granule.
+  const Leaf* leaves() const { return static_cast<const Leaf*>(memory_.data()); }
+
+  // An empty leaf for the granule; null where there is none: from 16 TiB on, and while readers may
+  // still see entries of the granule's that went elsewhere. REQUIRES: the last one was put back.
+  Leaf* take(uint64_t granule);
+  // What is not empty stays as it is until reclaim().
+  void put(uint64_t granule, Leaf* leaf, bool is_empty);
+  // With the whole map.
+  void discard(Leaf*) {}
+  bool has_left() const { return !left_.empty(); }  // something for reclaim()
+  // REQUIRES: nobody reads leaves that were put back before.
+  void reclaim();
+  // So many pages were unmapped.
+  void pass(uint64_t pages);
+
+  // Asks for the entry of a page: for who is about to map many pages one by one.
+  [[gnu::always_inline]] void prefetch(uint64_t page) const {
+    if (page / kLeafEntries >= kNearGranules) return;
+    __builtin_prefetch(&leaves()[page / kLeafEntries].at(page % kLeafEntries), /*rw=*/1);
+  }
+
+  // Groups that have memory.
+  uint64_t groups() const { return groups_; }
+
+ private:
+  static constexpr uint64_t kGroupLeaves = 16;
+  static constexpr size_t kGroupBytes = kGroupLeaves * sizeof(Leaf);
+  static_assert(kGroupBytes % kPageSize == 0);
+  static constexpr uint64_t kChunkGroups = 32;  // 1 GiB: opened together
+  static constexpr uint64_t kPatience = 16;
+
+  struct Group {
+    uint64_t empty_since = 0;
+    uint8_t used = 0;  // leaves
+    bool has_memory = false;
+    bool waits = false;  // stands in waiting_
+  };
+  struct Waiting {
+    uint64_t group;
+    uint64_t since;
+  };
+  using Chunk = std::array<Group, kChunkGroups>;
+
+  Group& GroupOf(uint64_t group) { return (*chunks_[group / kChunkGroups])[group % kChunkGroups]; }
+  Group& GetGroup(uint64_t group);
+  void LeaveGroup(uint64_t granule);
+
+  ReservedMemory memory_;
+  std::vector<std::unique_ptr<Chunk>> chunks_;  // null where nothing was ever in use
+  std::vector<uint64_t> left_;                  // granules of leaves that are not empty yet
+  // Groups that were empty once, each at most once, and since when.
+  std::deque<Waiting> waiting_;
+  uint64_t clock_ = 0;  // pages unmapped
+  uint64_t groups_ = 0;
+};
+
+}  // namespace mvgpu::dma
