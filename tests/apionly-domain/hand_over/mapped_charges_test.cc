@@ -50,6 +50,8 @@ class FakeRow final : public LedgerRow {
   void set_locked_areas(uint64_t, uint64_t) override {}
   void set_granule_pages(uint32_t) override {}
   void set_cache(const CacheFigures&) override {}
+  void list_mapping(const LedgerMapping&) override {}
+  void unlist_mapping(IovaRange) override {}
   Counts counts() const override { return {}; }
 
  private:
