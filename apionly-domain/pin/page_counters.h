@@ -16,10 +16,10 @@ namespace mvgpu::domain {
 
 // How often each page is held, in three forms, the smallest that fits:
 //
-//   2 bits   for every page of a chunk (1 GiB) in which something was held: 0, 1, 2, or 3 "and
-//   more" a byte   how much more, in a second array of the chunk, that exists only where some page
-//   is held
-//            4 times, and that nobody looks at while none is
+//   2 bits   for every page of a chunk (1 GiB) in which something was held: 0, 1, 2, or "3 and so
+//            many more"
+//   a byte   how many more, in a second array of the chunk, that exists only where some page was
+//            ever held 4 times, and that nobody looks at while none is
 //   a table  for counts above 257, so that none overflows
 //
 // Most pages are held once, and a hit makes that two for a while, or three where a batch has a page
