@@ -57,15 +57,63 @@ struct WalkStart {
 // meanwhile, what it is now is decoded anew.
 template <typename Format>
 class RadixWalker final : public TableWalker {
+  using Path = typename Format::Path;
+  struct Cursor : WalkStart<Path> {
+    bool is_first = true;
+    void descend(uint64_t next) {
+      this->table = next;
+      --this->level;
+      is_first = false;
+    }
+  };
+
  public:
   using FormatType = Format;
 
-  // The tables must outlive this.
-  RadixWalker(Format format, const GuestTables* tables) : format_(format), tables_(*tables) {}
+  // The tables that the last walk came through, without the first: a walk that shares some of them
+  // begins at the lowest. For walks that belong to one moment, as those of a second stage under
+  // one walk of the first one do: half of their loads are the same. Of one thread.
+  class Trail {
+    friend class RadixWalker;
+    static constexpr size_t kMostLevels = 6;
+
+    const Cursor* shared(const Format& format, uint64_t root, uint64_t address) const {
+      if (root != root_) return nullptr;
+      for (unsigned level = lowest_; level < end_; ++level) {
+        if ((address ^ address_) >> format.shift(static_cast<uint8_t>(level + 1)) == 0) {
+          return &tables_[level];
+        }
+      }
+      return nullptr;
+    }
+    void start(uint64_t root, uint64_t address, const Cursor& cursor) {
+      root_ = root;
+      address_ = address;
+      lowest_ = cursor.level;
+      if (cursor.is_first) end_ = cursor.level;
+    }
+    void add(const Cursor& cursor) {
+      tables_[cursor.level] = cursor;
+      lowest_ = cursor.level;
+    }
+
+    uint64_t root_ = 0;
+    uint64_t address_ = 0;
+    uint8_t lowest_ = 0;  // levels from here on ...
+    uint8_t end_ = 0;     // ... to before this one are known
+    std::array<Cursor, kMostLevels> tables_;
+  };
+
+  // The tables must outlive this, and so must the trail if there is one.
+  RadixWalker(Format format, const GuestTables* tables, Trail* trail = nullptr)
+      : format_(format), tables_(*tables), trail_(trail) {}
 
   WalkResult walk(uint64_t root, uint64_t address, Wanted wanted) const override {
-    auto cursor = Begin(root, address);
+    auto cursor = Start(root, address);
     if (!cursor) return tl::unexpected(StartFault(cursor.error(), address));
+    // Who wants nothing leaves no marks in the tables: the next one might have to.
+    Trail* const trail = wanted.rights != 0 ? trail_ : nullptr;
+    if (trail != nullptr) trail->start(root, address, *cursor);
     while (true) {
       const auto entry = Visit(&*cursor, address, &wanted);
       if (!entry) return tl::unexpected(entry.error());
@@ -77,6 +125,7 @@ class RadixWalker final : public TableWalker {
         return tl::unexpected(MakeFault(FaultCode::kInterruptRange, cursor->level, address));
       }
       cursor->descend(entry->address);
+      if (trail != nullptr) trail->add(*cursor);
     }
   }
 
@@ -97,18 +146,8 @@ class RadixWalker final : public TableWalker {
   }
 
  private:
-  using Path = typename Format::Path;
   static constexpr int kMarkTries = 8;
   static constexpr size_t kEntriesAtATime = 512;
-
-  struct Cursor : WalkStart<Path> {
-    bool is_first = true;
-    void descend(uint64_t next) {
-      this->table = next;
-      --this->level;
-      is_first = false;
-    }
-  };
 
   uint64_t SpanOf(uint8_t level) const { return uint64_t{1} << format_.shift(level); }
   // Pages from `address` on to the end of `span`; everything there is for a span of 0.
@@ -125,6 +164,11 @@ class RadixWalker final : public TableWalker {
     const auto start = format_.begin(root, address);
     if (start) return Cursor{*start, true};
     return tl::unexpected(start.error());
+  }
+  tl::expected<Cursor, NoStart> Start(uint64_t root, uint64_t address) const {
+    const Cursor* known = trail_ != nullptr ? trail_->shared(format_, root, address) : nullptr;
+    if (known != nullptr) return *known;
+    return Begin(root, address);
   }
   static Fault StartFault(const NoStart& none, uint64_t address) {
     return {
@@ -279,6 +323,7 @@ class RadixWalker final : public TableWalker {
 
   const Format format_;
   const GuestTables& tables_;  // outlives this: contract of the constructor
+  Trail* const trail_;         // may be null; the same
 };
 
 }  // namespace mvgpu::domain

@@ -21,17 +21,20 @@ VtdIommu::VtdIommu(Options options, Parts parts)
       tables_(options.abilities, &memory_),
       translator_(&tables_),
       caches_(options.caches),
+      recent_(options.caches.pages),
       faults_(options.fault_records, this),
       queue_(options.rules, &memory_, this) {}
 
 void VtdIommu::set_root(uint64_t rtaddr) {
   root_.raw = rtaddr;
   caches_.clear();
+  recent_.forget();
   SyncAll();
 }
 
 void VtdIommu::set_translating(bool translating) {
   is_translating_ = translating;
+  recent_.forget();
   parts_.object->set_bypassed(!translating);
 }
 
@@ -61,7 +64,7 @@ void VtdIommu::set_wait_masked(bool masked) {
 
 void VtdIommu::on_queue_error(QueueError) { faults_.raise(FaultLog::kQueueError); }
 
-VtdResult VtdIommu::translate(const VtdRequest& request) {
+VtdResult VtdIommu::TranslateAnew(const VtdRequest& request) {
   if (!is_translating_) return Bypass(request);
   const VtdResult result = Translate(request);
   if (!result) Record(request, result.error());
@@ -109,13 +112,17 @@ VtdResult VtdIommu::Translate(const VtdRequest& request) {
   if (is_cached) {
     if (const auto leaf = caches_.page(tag, request.address, wanted.rights)) {
       ++counters_.page_hits;
+      recent_.remember(request, *leaf);
       return VtdTranslator::TargetOf(*leaf);
     }
   }
   ++counters_.walks;
   const auto leaf = translator_.walk(found->entry, request.address, wanted);
   if (!leaf) return At(request.address, leaf.error());
-  if (is_cached) caches_.remember(tag, request.address, *leaf, wanted.rights);
+  if (is_cached) {
+    caches_.remember(tag, request.address, *leaf, wanted.rights);
+    recent_.remember(request, *leaf);
+  }
   return VtdTranslator::TargetOf(*leaf);
 }
 
@@ -132,6 +139,7 @@ void VtdIommu::Record(const VtdRequest& request, const VtdFault& fault) {
 }
 
 void VtdIommu::ForgetPage(const Found& found, Iova page) {
+  recent_.forget();
   const IovaRange range = RangeOf({page.page(), 1});
   if (found.entry.has_first_stage()) {
     caches_.invalidate(PasidIotlbInvalidation{

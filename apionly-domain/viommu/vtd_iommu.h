@@ -4,9 +4,9 @@
 // of devices by the guest's tables, remembers what it found until the guest says that it changed
 // something, records faults, and tells others who follow the guest's tables (iommu_object.h).
 //
-//   request --> context cache --> PASID cache --> IOTLB --> target
-//                   |                 |             |
-//               vtd_tables.h     vtd_tables.h   vtd_translator.h      on a miss
+//   request --> recent ones --> context cache --> PASID cache --> IOTLB --> target
+//                                   |                 |             |
+//                               vtd_tables.h     vtd_tables.h   vtd_translator.h      on a miss
 //
 // The registers themselves are somebody else's: their contents come in through the methods here,
 // those of queue() and faults() included. Sources: VT-d specification 4.1; QEMU
@@ -28,6 +28,7 @@
 #include "apionly-domain/viommu/invalidation_queue.h"
 #include "apionly-domain/viommu/iommu_object.h"
 #include "apionly-domain/viommu/masked_event.h"
+#include "apionly-domain/viommu/recent_translations.h"
 #include "apionly-domain/viommu/vtd_caches.h"
 #include "apionly-domain/viommu/vtd_tables.h"
 #include "apionly-domain/viommu/vtd_translator.h"
@@ -59,7 +60,7 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
     Owner* owner;
   };
   struct Counters {
-    uint64_t page_hits = 0;  // of the IOTLB
+    uint64_t page_hits = 0;  // of the IOTLB or of what is in front of it
     uint64_t walks = 0;
     uint64_t faults = 0;
     uint64_t bindings_refused = 0;  // by the object's limit
@@ -90,7 +91,12 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
   // Where a request goes. A fault is recorded unless the guest has hidden it, or the device asked
   // and can be told. Without translation, what has no PASID goes where it says, anything else
   // nowhere.
-  VtdResult translate(const VtdRequest& request);
+  VtdResult translate(const VtdRequest& request) {
+    RecentTranslations::Translation recent;
+    if (!recent_.find(request, &recent)) return TranslateAnew(request);
+    ++counters_.page_hits;
+    return VtdTranslator::TargetOf({recent.address, recent.span, recent.rights});
+  }
   // A device asks for a page of a group (PRI). What is remembered of the page is forgotten, and the
   // object's listeners hear of it.
   tl::expected<void, VtdFault> request_page(const VtdRequest& request, uint16_t group,
@@ -114,6 +120,7 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
   void on_queue_error(QueueError error) override;
   void on_fault_event() override { parts_.owner->on_fault_event(); }
 
+  VtdResult TranslateAnew(const VtdRequest& request);
   VtdResult Translate(const VtdRequest& request);
   VtdResult Bypass(const VtdRequest& request) const;
   VtdTables::ContextResult ContextOf(SourceId source);
@@ -143,6 +150,7 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
   const VtdTables tables_;
   const VtdTranslator translator_;
   VtdCaches caches_;
+  RecentTranslations recent_;  // forgets whenever the caches, or whether to translate, change
   FaultLog faults_;
   InvalidationQueue queue_;
   std::vector<SourceId> devices_;

@@ -47,6 +47,7 @@ void VtdIommu::add_device(SourceId source) {
 }
 
 void VtdIommu::on_invalidation(const InvalidationDescriptor& invalidation) {
+  recent_.forget();
   std::visit([this](const auto& which) { Handle(which); }, invalidation);
 }
 

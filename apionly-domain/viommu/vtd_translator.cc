@@ -66,10 +66,6 @@ VtdResult VtdTranslator::translate(vtd::RootAddress root, const VtdRequest& requ
   return TargetOf(*leaf);
 }
 
-VtdTarget VtdTranslator::TargetOf(const Leaf& leaf) {
-  return {leaf.out, leaf.span - (leaf.out & (leaf.span - 1)), leaf.rights};
-}
-
 tl::expected<Leaf, VtdFault> VtdTranslator::walk(const vtd::PasidEntry& entry, uint64_t address,
                                                  Wanted wanted) const {
   if (entry.translation() == vtd::Translation::kPassThrough) return PassThrough(entry, address);
@@ -104,7 +100,8 @@ WalkResult VtdTranslator::Walk(const vtd::PasidEntry& entry, uint64_t address,
                                Wanted wanted) const {
   const uint8_t width = tables_.abilities().host_address_width;
   const GuestTables& memory = tables_.memory();
-  const VtdSecondStage second(SecondStage(entry, width), &memory);
+  VtdSecondStage::Trail trail;
+  const VtdSecondStage second(SecondStage(entry, width), &memory, &trail);
   switch (entry.translation()) {
     case vtd::Translation::kFirstStage:
       return VtdFirstStage(FirstStage(entry, width), &memory)

@@ -33,7 +33,9 @@ class VtdTranslator {
   // addresses of interrupts begin.
   tl::expected<Leaf, VtdFault> walk(const vtd::PasidEntry& entry, uint64_t address,
                                     Wanted wanted) const;
-  static VtdTarget TargetOf(const Leaf& leaf);
+  static VtdTarget TargetOf(const Leaf& leaf) {
+    return {leaf.out, leaf.span - (leaf.out & (leaf.span - 1)), leaf.rights};
+  }
 
  private:
   tl::expected<Leaf, VtdFault> PassThrough(const vtd::PasidEntry& entry, uint64_t address) const;
