@@ -85,6 +85,12 @@ void ApiOnlyDomain::PublishCountsLocked() {
   ledger_row_->set_locked_areas(backend_->areas(), backend_->area_budget());
 }
 
+void ApiOnlyDomain::show_locked() const {
+  if (ledger_row_ == nullptr) return;
+  MutexLock lock(pin_mutex_);
+  ledger_row_->set_locked_pages(backend_->locked_pages());
+}
+
 FilePages ApiOnlyDomain::backing_of(const PinnedRun& run) const {
   MutexLock lock(pin_mutex_);
   return files_.at(run.host, PagesOf(run.iova).count);

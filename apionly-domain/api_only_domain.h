@@ -203,6 +203,9 @@ class ApiOnlyDomain final : public Domain, private DevicePins::Sharer {
   void show_cache(const CacheFigures& figures) const {
     if (ledger_row_ != nullptr) ledger_row_->set_cache(figures);
   }
+  // Likewise, how much is locked, where that changes without a pin or a release: with a back end
+  // whose locks are a device's mappings (assigned/mapping_pin_backend.h).
+  void show_locked() const;
 
   std::string_view name() const override { return options_.name; }
   Result<void> on_map(const Mapping& mapping) override;

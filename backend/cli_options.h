@@ -45,7 +45,8 @@ void AddSize(CLI::App& app, const std::string& option, T& target, const std::str
       ->type_name("SIZE");
 }
 
-// --dma, --iommu-group and --vulkan-device; `config` is the default and outlives the parsing.
+// --dma, --iommu-group, --vfio-device and --vulkan-device; `config` is the default and outlives the
+// parsing.
 void AddDmaOptions(CLI::App& app, VgpuConfig& config);
 
 }  // namespace mvgpu::backend

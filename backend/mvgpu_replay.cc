@@ -133,8 +133,8 @@ int Run(const RunOptions& options) {
   auto reader = OpenTrace(options.trace);
   if (!reader) return Fail(ExitCode::kFailure, reader.error().message());
   const VgpuConfig& vgpu = options.vgpu;
-  auto player =
-      Player::Create(reader->get(), {vgpu.pin, vgpu.dma, vgpu.iommu_group, vgpu.vulkan_device});
+  auto player = Player::Create(
+      reader->get(), {vgpu.pin, vgpu.dma, vgpu.iommu_group, vgpu.vulkan_device, vgpu.vfio_device});
   if (!player) return Fail(ExitCode::kFailure, player.error().message());
   Result<Player::Outcome> outcome = [&] {
     ProgressBar bar(reader->get());

@@ -7,7 +7,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include "apionly-domain/assigned/assigned_space.h"
+#include "apionly-domain/assigned/iommufd_container.h"
+#include "apionly-domain/assigned/mapping_pin_backend.h"
 #include "apionly-domain/assigned/software_iommu.h"
 #include "apionly-domain/assigned/type1_container.h"
 #include "backend/observed_gpu.h"
@@ -29,36 +30,43 @@ std::vector<gpu::Display*> DisplaysFor(gpu::Display* screenshot, gpu::Display* r
   return {screenshot, reporter};
 }
 
-Result<std::unique_ptr<domain::AssignedIommu>> OpenIommu(const std::string& group) {
-  if (group.empty()) return std::make_unique<domain::SoftwareIommu>();
-  return domain::Type1Container::Create(group);
+Result<std::unique_ptr<domain::AssignedIommu>> OpenIommu(const VgpuConfig& config) {
+  if (!config.vfio_device.empty()) return domain::IommufdContainer::Create(config.vfio_device);
+  if (!config.iommu_group.empty()) return domain::Type1Container::Create(config.iommu_group);
+  return std::make_unique<domain::SoftwareIommu>();
 }
 
-// `container` outlives the mapper.
-Result<std::unique_ptr<dma::Mapper>> MakeMapper(const VgpuConfig& config,
-                                                const domain::Container* container) {
+// Sets the mapper, and what comes with it.
+Result<void> AddMapper(const VgpuConfig& config, Vgpu::Parts* parts) {
   switch (config.dma) {
     case DmaMode::kNone:
+      parts->mapper = dma::MakeNoneMapper();
       break;
     case DmaMode::kPhysical: {
-      if (config.pin != PinMode::kNone) return dma::PhysicalMapper::Create();
-      return Fail(ErrorCode::kInvalid,
-                  "--dma=physical gives out addresses of pages, which must stay where they are: "
-                  "use --pin=io-uring or --pin=mlock instead of --pin=none");
+      if (config.pin == PinMode::kNone) {
+        return Fail(ErrorCode::kInvalid,
+                    "--dma=physical gives out addresses of pages, which must stay where they are: "
+                    "use --pin=io-uring or --pin=mlock instead of --pin=none");
+      }
+      MVGPU_ASSIGN_OR_RETURN(parts->mapper, dma::PhysicalMapper::Create());
+      break;
     }
     case DmaMode::kIommu: {
-      MVGPU_ASSIGN_OR_RETURN(auto iommu, OpenIommu(config.iommu_group));
-      return std::make_unique<dma::IommuMapper>(std::make_unique<domain::AssignedSpace>(
-          std::move(iommu), domain::AssignedSpace::Options{}));
+      MVGPU_ASSIGN_OR_RETURN(auto iommu, OpenIommu(config));
+      parts->go_through(std::move(iommu));
+      break;
     }
     case DmaMode::kVulkan: {
       dma::VulkanMapperOptions options;
       options.device = config.vulkan_device;
-      options.mapping_at = [container](Iova iova) { return container->mapping_at(iova); };
-      return dma::OpenVulkanMapper(options);
+      options.mapping_at = [container = parts->container.get()](Iova iova) {
+        return container->mapping_at(iova);
+      };
+      MVGPU_ASSIGN_OR_RETURN(parts->mapper, dma::OpenVulkanMapper(options));
+      break;
     }
   }
-  return dma::MakeNoneMapper();
+  return {};
 }
 
 SessionObserver::Backing BackingOf(const domain::Container::MapRequest& request) {
@@ -97,8 +105,15 @@ Result<Vgpu::Parts> Vgpu::MakeParts(const VgpuConfig& config) {
       MVGPU_ASSIGN_OR_RETURN(parts.pin_backend, domain::MakeIoUringPinBackend());
       break;
   }
-  MVGPU_ASSIGN_OR_RETURN(parts.mapper, MakeMapper(config, parts.container.get()));
+  MVGPU_RETURN_IF_ERROR(AddMapper(config, &parts));
   return parts;
+}
+
+void Vgpu::Parts::go_through(std::unique_ptr<domain::AssignedIommu> iommu) {
+  space =
+      std::make_unique<domain::AssignedSpace>(std::move(iommu), domain::AssignedSpace::Options{});
+  if (space->holds_memory()) pin_backend = domain::MakeMappingPinBackend(space.get());
+  mapper = std::make_unique<dma::IommuMapper>(space.get());
 }
 
 Result<std::unique_ptr<Vgpu>> Vgpu::Create(VgpuConfig config, Parts parts,
@@ -113,6 +128,7 @@ Vgpu::Vgpu(VgpuConfig config, Parts parts, SessionObserver* observer, Owner* own
       owner_(owner),
       remote_(parts.remote),
       observer_(observer == nullptr ? nullptr : std::make_unique<StepObserver>(observer)),
+      space_(std::move(parts.space)),
       container_(std::move(parts.container)),
       pin_backend_(std::move(parts.pin_backend)),
       mapper_(std::move(parts.mapper)),
@@ -183,6 +199,7 @@ bool Vgpu::Advance(Step& step) {
 
 void Vgpu::ShowCache() {
   if (ledger_ == nullptr) return;
+  if (space_ != nullptr) domain_->show_locked();
   const dma::DmaCache::Counters now = cache_->counters();
   domain_->show_cache({.cached_pages = now.cached_pages,
                        .idle_pages = now.idle_pages,

@@ -26,6 +26,8 @@
 
 #include "apionly-domain/accounting/ledger.h"
 #include "apionly-domain/api_only_domain.h"
+#include "apionly-domain/assigned/assigned_iommu.h"
+#include "apionly-domain/assigned/assigned_space.h"
 #include "apionly-domain/base/mutex.h"
 #include "apionly-domain/container.h"
 #include "backend/session_observer.h"
@@ -65,6 +67,11 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   };
   // What the configuration leaves to the caller to make or to wrap.
   struct Parts {
+    // The device's addresses go through this IOMMU: sets the space and the mapper, and where the
+    // IOMMU holds what it maps, the pin back end, for nothing else has to hold it then.
+    void go_through(std::unique_ptr<domain::AssignedIommu> iommu);
+
+    std::unique_ptr<domain::AssignedSpace> space;  // may be null; used by those below
     std::unique_ptr<domain::Container> container;  // what the mapper may ask about mappings
     std::unique_ptr<domain::PinBackend> pin_backend;
     std::unique_ptr<dma::Mapper> mapper;
@@ -83,8 +90,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     bool all_released() const;
   };
 
-  // Errors: those of MakeIoUringPinBackend(), PhysicalMapper::Create(), Type1Container::Create()
-  // and OpenVulkanMapper(); kInvalid for --dma=physical without pins.
+  // Errors: those of MakeIoUringPinBackend(), PhysicalMapper::Create(), Type1Container::Create(),
+  // IommufdContainer::Create() and OpenVulkanMapper(); kInvalid for --dma=physical without pins.
   static Result<Parts> MakeParts(const VgpuConfig& config);
   // `observer` may be null; it and `owner` outlive the vGPU. Errors: those of Ledger::Open(),
   // ApiOnlyDomain::Create() and GpuDevice::Create().
@@ -195,6 +202,7 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   uint64_t told_cache_changes_ ABSL_GUARDED_BY(mutex_) = 0;  // misses and unmapped pages until then
   // In the order of their making: each uses those above it. Set once by Assemble().
   std::unique_ptr<domain::Ledger> ledger_;
+  const std::unique_ptr<domain::AssignedSpace> space_;  // may be null
   const std::unique_ptr<domain::Container> container_;
   std::unique_ptr<domain::PinBackend> pin_backend_;  // until the domain takes it
   std::unique_ptr<domain::ApiOnlyDomain> domain_;

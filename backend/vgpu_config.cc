@@ -54,12 +54,18 @@ std::string_view DmaModeName(DmaMode mode) {
   return "";
 }
 
+std::string_view VgpuConfig::pin_backend() const {
+  if (dma == DmaMode::kIommu && !vfio_device.empty()) return "iommufd";
+  if (dma == DmaMode::kIommu && !iommu_group.empty()) return "vfio-type1";
+  return PinModeName(pin);
+}
+
 std::string VgpuConfig::to_json() const {
   json object = {
       {"program", "mvgpu-backend"},
       {"name", name},
       {"vm_uuid", vm_uuid},
-      {"pin", PinModeName(pin)},
+      {"pin", pin_backend()},
       {"pin_limit_bytes", pin_limit_bytes},
       {"dma", DmaModeName(dma)},
       {"scanouts", gpu.scanouts},

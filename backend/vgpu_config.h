@@ -23,10 +23,15 @@ struct VgpuConfig {
   PinMode pin = PinMode::kMlock;
   uint64_t pin_limit_bytes = UINT64_MAX;
   DmaMode dma = DmaMode::kNone;
-  std::string iommu_group;    // with kIommu; empty: an IOMMU in software
+  // With kIommu, at most one of these; none: an IOMMU in software. Where there is one its mappings
+  // hold the pages, and `pin` means nothing.
+  std::string iommu_group;    // for VFIO type1
+  std::string vfio_device;    // for iommufd: a PCI address
   std::string vulkan_device;  // with kVulkan, see dma::VulkanMapperOptions; empty: the first
   gpu::GpuConfig gpu;
 
+  // How pages are held, by the name that the accounts have for it.
+  std::string_view pin_backend() const;
   std::string to_json() const;
   // Errors: kCorrupt, naming the key.
   static Result<VgpuConfig> FromJson(std::string_view json);

@@ -5,14 +5,15 @@
 // allocated and the page is mapped at it. What one call maps anew lies in a row for the device,
 // however scattered it is in host memory, as long as there is such a row.
 //
+// Where the IOMMU holds what it maps, no other lock of a page is needed beside its mapping:
+// apionly-domain/assigned/mapping_pin_backend.h.
+//
 // What was unmapped is out of the device's reach after flush(), and only then may its IOVA mean
 // another page. Cuts, and what they cost: apionly-domain/assigned/assigned_space.h.
 
 #include <cstdint>
-#include <memory>
 #include <span>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "apionly-domain/assigned/assigned_domain.h"
@@ -29,8 +30,6 @@ class IommuMapper final : public Mapper {
   // Both must outlive the mapper; `assigned` may be null, and uses `space` too if it is not.
   explicit IommuMapper(domain::AssignedSpace* space, domain::AssignedDomain* assigned = nullptr)
       : space_(space), assigned_(assigned) {}
-  explicit IommuMapper(std::unique_ptr<domain::AssignedSpace> space)
-      : owned_(std::move(space)), space_(owned_.get()), assigned_(nullptr) {}
   // REQUIRES: everything is unmapped.
   ~IommuMapper() override { MVGPU_CHECK(own_.empty()); }
 
@@ -59,7 +58,6 @@ class IommuMapper final : public Mapper {
   Result<void> MapInARow(Iova first, std::span<const domain::AssignedSpace::HostRun> runs,
                          domain::Access access, MappedRunList* list);
 
-  const std::unique_ptr<domain::AssignedSpace> owned_;  // null where another owns the space
   domain::AssignedSpace* const space_;  // these two outlive this, see the constructor
   domain::AssignedDomain* const assigned_;
   domain::RunCounter own_;  // device pages allocated here; all others are the assigned domain's

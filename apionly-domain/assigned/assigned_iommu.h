@@ -12,9 +12,9 @@
 namespace mvgpu::domain {
 
 // The IOMMU in front of a device that is assigned to this process: what its IOVAs mean. A real one
-// (type1_container.h), or one in software for machines without (software_iommu.h). It follows VFIO
-// type1 v2: a mapping is one stretch of host memory, mappings never overlap, and one goes only as
-// the whole that it came as.
+// (type1_container.h, iommufd_container.h), or one in software for machines without
+// (software_iommu.h). It follows VFIO type1 v2: a mapping is one stretch of host memory, mappings
+// never overlap, and one goes only as the whole that it came as.
 //
 // Thread-safe.
 class AssignedIommu {
@@ -34,8 +34,8 @@ class AssignedIommu {
   // it remembers.
   virtual void flush() = 0;
 
-  // Whether the kernel holds what is mapped where it is, and counts each mapping of a page as
-  // locked memory of this process (VmLck). Fixed.
+  // Whether the kernel holds what is mapped where it is, and counts each mapping of a page in this
+  // process's memory: as locked or as pinned, which KernelCounterName(name()) says. Fixed.
   virtual bool holds_memory() const = 0;
   // Where IOVAs may be, in order. Fixed.
   virtual std::span<const IovaRange> usable_ranges() const = 0;

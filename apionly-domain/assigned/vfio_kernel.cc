@@ -4,6 +4,8 @@
 #include <sys/ioctl.h>
 
 #include <cerrno>
+#include <filesystem>
+#include <system_error>
 
 namespace mvgpu::domain {
 
@@ -18,6 +20,14 @@ class RealVfioKernel final : public VfioKernel {
   int ioctl(int fd, unsigned long request, void* argument) override {
     const int answer = ::ioctl(fd, request, argument);
     return answer >= 0 ? answer : -errno;
+  }
+  int list(const std::string& folder, std::vector<std::string>* names) override {
+    std::error_code error;
+    auto entry = std::filesystem::directory_iterator(folder, error);
+    for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) {
+      names->push_back(entry->path().filename());
+    }
+    return -error.value();
   }
 };
 

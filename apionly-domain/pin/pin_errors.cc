@@ -123,9 +123,39 @@ Error IoUringSetupError(int sys_errno) {
   }
 }
 
+namespace {
+
+std::string DeviceMapping(IovaRange iova) {
+  return fmt::format("cannot map {} bytes at device iova {:#x}", iova.size(), iova.start().value());
+}
+
+// What type1 and iommufd answer alike.
+Error DeviceMapError(int sys_errno, const std::string& what) {
+  switch (sys_errno) {
+    case EEXIST:
+      return Error(ErrorCode::kOverlap,
+                   fmt::format("{}: something is mapped in these iovas already", what));
+    case EINVAL:
+    case EOVERFLOW:
+      return Error(ErrorCode::kInvalid,
+                   fmt::format("{}: not whole pages of the iommu, or not inside the iovas that it "
+                               "translates",
+                               what));
+    case EFAULT:
+      return Error(ErrorCode::kTruncated,
+                   fmt::format("{}: the memory behind it is not there (any more)", what));
+    case EPERM:
+      return Error(ErrorCode::kPermission,
+                   fmt::format("{}: the device may not reach that memory that way", what));
+    default:
+      return Error::System(sys_errno, what);
+  }
+}
+
+}  // namespace
+
 Error Type1MapError(int sys_errno, IovaRange iova) {
-  const std::string what =
-      fmt::format("cannot map {} bytes at device iova {:#x}", iova.size(), iova.start().value());
+  const std::string what = DeviceMapping(iova);
   switch (sys_errno) {
     case ENOMEM: {
       const uint64_t locked = OwnKernelCounters().vm_lck_kb * 1024;
@@ -149,23 +179,29 @@ Error Type1MapError(int sys_errno, IovaRange iova) {
                                what,
                                FirstWordOf("/sys/module/vfio_iommu_type1/parameters/"
                                            "dma_entry_limit")));
-    case EEXIST:
-      return Error(ErrorCode::kOverlap,
-                   fmt::format("{}: something is mapped in these iovas already", what));
-    case EINVAL:
-      return Error(ErrorCode::kInvalid,
-                   fmt::format("{}: not whole pages of the iommu, or not inside the iovas that it "
-                               "translates",
-                               what));
-    case EFAULT:
-      return Error(ErrorCode::kTruncated,
-                   fmt::format("{}: the memory behind it is not there (any more)", what));
-    case EPERM:
-      return Error(ErrorCode::kPermission,
-                   fmt::format("{}: the device may not reach that memory that way", what));
     default:
-      return Error::System(sys_errno, what);
+      return DeviceMapError(sys_errno, what);
   }
+}
+
+Error IommufdMapError(int sys_errno, IovaRange iova) {
+  const std::string what = DeviceMapping(iova);
+  if (sys_errno != ENOMEM) return DeviceMapError(sys_errno, what);
+  const uint64_t pinned = OwnKernelCounters().vm_pin_kb * 1024;
+  const rlim_t limit = MemlockLimit();
+  if (limit == RLIM_INFINITY) {
+    return Error(ErrorCode::kLimit,
+                 fmt::format("{}: the kernel is out of memory for it; {} bytes are pinned and "
+                             "RLIMIT_MEMLOCK is unlimited",
+                             what, pinned));
+  }
+  return Error(
+      ErrorCode::kLimit,
+      fmt::format("{}: this process has pinned {} bytes and RLIMIT_MEMLOCK is {}, which "
+                  "iommufd compares with the sum over all processes of this user; raise it "
+                  "above {} (systemd LimitMEMLOCK=, ulimit -l) or give the process "
+                  "CAP_IPC_LOCK",
+                  what, pinned, limit, pinned + iova.size()));
 }
 
 }  // namespace mvgpu::domain

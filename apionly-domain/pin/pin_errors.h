@@ -15,5 +15,7 @@ Error IoUringPinError(int sys_errno, const GuestFile& file, PageRun pages);
 Error IoUringSetupError(int sys_errno);
 // VFIO type1 would not map `iova` for a device, which pins and locks the memory behind it.
 Error Type1MapError(int sys_errno, IovaRange iova);
+// The same of iommufd, which pins it.
+Error IommufdMapError(int sys_errno, IovaRange iova);
 
 }  // namespace mvgpu::domain

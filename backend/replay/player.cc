@@ -43,6 +43,7 @@ Result<std::unique_ptr<Player>> Player::Create(TraceReader* reader, Options opti
   config.dma = options.dma;
   config.vulkan_device = options.vulkan_device;
   config.iommu_group = options.iommu_group;
+  config.vfio_device = options.vfio_device;
   std::unique_ptr<Player> player(new Player(reader));
   player->recorded_accounts_.on_session(payload.rest_as_text());
   MVGPU_ASSIGN_OR_RETURN(Vgpu::Parts parts, Vgpu::MakeParts(config));

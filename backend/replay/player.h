@@ -31,6 +31,7 @@ class Player final : private SessionObserver, private Vgpu::Owner {
     DmaMode dma = DmaMode::kNone;
     std::string iommu_group{};    // with DmaMode::kIommu
     std::string vulkan_device{};  // with DmaMode::kVulkan
+    std::string vfio_device{};    // with DmaMode::kIommu
   };
   struct Outcome {
     uint64_t records = 0;

@@ -55,6 +55,30 @@ TEST_F(BackendCommandLineTest, OptionsThatWouldMeanNothingAreRefused) {
               HasSubstr("--iommu-group=7 means nothing with --dma=none, only with --dma=iommu"));
   EXPECT_THAT(ExpectRefuses({path, "--dma=iommu", "--vulkan-device=x"}, 2),
               HasSubstr("--vulkan-device=x means nothing with --dma=iommu"));
+  EXPECT_THAT(ExpectRefuses({path, "--vfio-device=0000:00:05.0"}, 2),
+              HasSubstr("--vfio-device=0000:00:05.0 means nothing with --dma=none"));
+  EXPECT_THAT(ExpectRefuses({path, "--dma=iommu", "--iommu-group=7", "--pin=mlock"}, 2),
+              HasSubstr("--pin means nothing with --iommu-group=7, whose mappings hold the pages"));
+  EXPECT_THAT(ExpectRefuses({path, "--dma=iommu", "--vfio-device=0000:00:05.0", "--pin=none"}, 2),
+              HasSubstr("--pin means nothing with --vfio-device=0000:00:05.0"));
+  EXPECT_THAT(
+      ExpectRefuses({path, "--dma=iommu", "--vfio-device=0000:00:05.0", "--iommu-group=7"}, 2),
+      HasSubstr("excludes"));
+}
+
+// What this machine's kernel says: most have no iommufd, and none has this device.
+TEST_F(BackendCommandLineTest, ADeviceThatIommufdCannotHaveIsRefusedWithTheRemedy) {
+  const bool has_iommufd = access("/dev/iommu", R_OK | W_OK) == 0;
+  const bool is_missing = access("/dev/iommu", F_OK) != 0;
+  EXPECT_THAT(
+      ExpectRefuses({"--socket-path=" + socket_path(), "--dma=iommu", "--vfio-device=ffff:ff:1f.7"},
+                    1),
+      HasSubstr(has_iommufd  ? "there is no pci device ffff:ff:1f.7"
+                : is_missing ? "CONFIG_IOMMUFD and its module; or use --iommu-group"
+                             : "give this user access to the file"));
+  EXPECT_THAT(
+      ExpectRefuses({"--socket-path=" + socket_path(), "--dma=iommu", "--vfio-device=05:00"}, 1),
+      HasSubstr("'05:00' is no pci address"));
 }
 
 TEST_F(BackendCommandLineTest, CapabilitiesAreOneJsonObject) {

@@ -38,6 +38,22 @@ TEST(VgpuConfigTest, WhatTheGuestCanNoticeTravelsThroughJson) {
   EXPECT_EQ(read->gpu.max_backing_entries, 9u);
 }
 
+TEST(VgpuConfigTest, TheRecordNamesWhatHoldsThePages) {
+  const auto named = [](const VgpuConfig& config) {
+    return json::parse(config.to_json()).at("pin").get<std::string>();
+  };
+  VgpuConfig config;
+  config.pin = PinMode::kIoUring;
+  EXPECT_EQ(named(config), "io-uring");
+  config.dma = DmaMode::kIommu;
+  EXPECT_EQ(named(config), "io-uring") << "an iommu in software holds nothing";
+  config.iommu_group = "7";
+  EXPECT_EQ(named(config), "vfio-type1");
+  config.iommu_group.clear();
+  config.vfio_device = "0000:00:05.0";
+  EXPECT_EQ(named(config), "iommufd");
+}
+
 // A replay must not write into the accounts of the VM that was recorded.
 TEST(VgpuConfigTest, VmAndPlaceAreNotTakenFromATrace) {
   VgpuConfig config = Unusual();

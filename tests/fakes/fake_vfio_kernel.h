@@ -71,6 +71,7 @@ class FakeVfioKernel final : public domain::VfioKernel {
         return -ENOTTY;
     }
   }
+  int list(const std::string&, std::vector<std::string>*) override { return -ENOENT; }
 
  private:
   // As the kernel: page sizes always, capabilities only where they all fit in.

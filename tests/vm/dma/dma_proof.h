@@ -89,6 +89,8 @@ class DmaProof {
   DeviceUse use(uint64_t iova, uint64_t size);
   void map_low_half(uint64_t half);
   domain::Container& container() { return container_; }
+  // Of this process, as the domain says.
+  uint64_t locked_pages() const { return domain_->counters().locked_pages; }
   // This guest's own view of a byte at an IOVA.
   std::byte* byte_at(uint64_t iova) { return ram_.at(OffsetOf(iova)); }
   std::vector<std::byte> bytes_at(uint64_t iova, uint64_t size);

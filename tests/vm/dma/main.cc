@@ -11,6 +11,8 @@
 
 #include "apionly-domain/assigned/assigned_domain.h"
 #include "apionly-domain/assigned/assigned_space.h"
+#include "apionly-domain/assigned/iommufd_container.h"
+#include "apionly-domain/assigned/mapping_pin_backend.h"
 #include "apionly-domain/assigned/type1_container.h"
 #include "dma-cache/iommu_mapper.h"
 #include "dma-cache/physical_mapper.h"
@@ -131,6 +133,41 @@ void CheckAssignedDomain(Facts& facts, domain::AssignedSpace& space, EduDevice& 
   facts.check("nothing is shared any more", assigned->used_pages() == 0);
 }
 
+// As the backend does it: the mappings are what holds the cache's pages. The kernel counts each
+// page once, and the domain says the same.
+void CheckCountedOnce(Facts& facts, domain::AssignedSpace& space, EduDevice& edu) {
+  const auto check = [&facts](std::string_view step, const DmaProof& proof, uint64_t pages) {
+    const uint64_t counted = KernelLockedPages();
+    facts.check(fmt::format("held by mappings: {}: VmLck is {} of {} pages, the domain says {}",
+                            step, counted, pages, proof.locked_pages()),
+                counted == pages && proof.locked_pages() == pages);
+  };
+  dma::IommuMapper mapper(&space);
+  DmaProof proof(&facts, domain::MakeMappingPinBackend(&space), &mapper, &edu);
+  check("nothing is used", proof, 0);
+  {
+    const DeviceUse low = proof.use(DmaProof::kLow, 2 * DmaProof::kLowHalf);
+    const DeviceUse high = proof.use(DmaProof::kHigh, DmaProof::kHighPages * kPageSize);
+    check("40 pages are used", proof, 40);
+    proof.check_copies();
+    facts.must("unmap", proof.container().unmap(Iova(DmaProof::kLow), DmaProof::kLowHalf));
+    check("16 are revoked", proof, 24);
+    proof.map_low_half(0);
+    const DeviceUse again = proof.use(DmaProof::kLow, 4 * kPageSize);
+    check("4 come back", proof, 28);
+  }
+  check("all are released", proof, 0);
+}
+
+// The guest's kernel has none.
+void CheckNoIommufd(Facts& facts, const PciDevice& pci) {
+  const auto iommufd = domain::IommufdContainer::Create(pci.name);
+  facts.say("iommufd", iommufd ? "is there" : iommufd.error().message());
+  facts.check(
+      "without iommufd the error says what to do",
+      iommufd.has_value() || iommufd.error().message().find("--iommu-group") != std::string::npos);
+}
+
 int ProveIommu(Facts& facts) {
   const PciDevice pci = facts.must("edu", PciDevice::Find("0x1234", "0x11e8"));
   const std::string group = facts.must("bind", pci.bind_to_vfio());
@@ -158,6 +195,8 @@ int ProveIommu(Facts& facts) {
   }
   facts.say("fault", faults.first_line());
   CheckAssignedDomain(facts, space, *edu);
+  CheckCountedOnce(facts, space, *edu);
+  CheckNoIommufd(facts, pci);
   facts.check("the iommu has no mappings left", space.counters().mappings == 0);
   facts.check("nothing is locked any more", KernelLockedPages() == 0);
   return facts.exit_code();
