@@ -69,7 +69,9 @@ class StepMemory final : public domain::RemoteMemory {
     uint64_t read_generation_ = 0;  // when it was taken
     uint64_t write_generation_ = 0;
   };
-  // REQUIRES: there is a write, or the last attempt ended with kPending.
+  // Whether the last attempt read bytes that are not here.
+  bool is_missing_reads() const { return FirstMissing() < log_.size(); }
+  // REQUIRES: there is a write, or is_missing_reads().
   Exchange take();
   // Takes in what came of it. A write that was refused while memory changed is to go out again.
   // Errors: those of any other write that still counts; kProtocol when nobody can be asked any

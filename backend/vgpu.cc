@@ -69,6 +69,10 @@ Result<void> AddMapper(const VgpuConfig& config, Vgpu::Parts* parts) {
   return {};
 }
 
+domain::DmaSpace* SpaceOf(GuestIommu* iommu) {
+  return iommu == nullptr ? nullptr : &iommu->space();
+}
+
 SessionObserver::Backing BackingOf(const domain::Container::MapRequest& request) {
   if (!request.fd.is_valid()) return {};
   struct stat status = {};
@@ -132,6 +136,7 @@ Vgpu::Vgpu(VgpuConfig config, Parts parts, SessionObserver* observer, Owner* own
       container_(std::move(parts.container)),
       pin_backend_(std::move(parts.pin_backend)),
       mapper_(std::move(parts.mapper)),
+      iommu_options_(parts.iommu),
       frame_reporter_(observer_.get()),
       displays_(DisplaysFor(&screenshot_, &frame_reporter_, observer)) {}
 
@@ -147,6 +152,7 @@ Result<void> Vgpu::Assemble() {
                                                        ledger_.get(), observer_.get()));
   MVGPU_RETURN_IF_ERROR(container_->attach(domain_.get()));
   cache_ = std::make_unique<dma::DmaCache>(domain_.get(), mapper_.get());
+  if (iommu_options_) iommu_ = std::make_unique<GuestIommu>(*iommu_options_, domain_.get());
   auto device = glue::VirtioGpuPci::Create(
       [this](gpu::GpuDevice::Owner* gpu_owner) { return MakeGpu(gpu_owner); }, domain_.get(),
       container_.get(), this);
@@ -157,8 +163,9 @@ Result<void> Vgpu::Assemble() {
 
 Result<std::unique_ptr<gpu::GpuDevice>> Vgpu::MakeGpu(gpu::GpuDevice::Owner* gpu_owner) {
   gpu_owner_ = std::make_unique<GpuOwner>(gpu_owner, owner_);
+  domain::DmaSpace* const space = SpaceOf(iommu_.get());
   MVGPU_ASSIGN_OR_RETURN(auto gpu, gpu::GpuDevice::Create(config_.gpu, cache_.get(), domain_.get(),
-                                                          &displays_, gpu_owner_.get()));
+                                                          &displays_, gpu_owner_.get(), space));
   return observer_ == nullptr ? std::move(gpu) : ObserveGpu(std::move(gpu), observer_.get());
 }
 
@@ -188,13 +195,29 @@ bool Vgpu::Advance(Step& step) {
     step_memory_.forget_reads();
     return true;
   }
-  if (is_pending || step_memory_.next_write()) {
+  if (step_memory_.next_write() || (is_pending && step_memory_.is_missing_reads())) {
     Take(step);
     return false;
   }
+  if (is_pending) step_memory_.forget_reads();  // for pages of the guest's: use_iommu() goes on
   device_->deliver_interrupts();
   ShowCache();
   return true;
+}
+
+void Vgpu::on_driver_reset() {
+  step_memory_.forget_everything();
+  if (iommu_ != nullptr) iommu_->space().cancel();
+}
+
+void Vgpu::use_iommu(const std::function<void(GuestIommu&)>& access) {
+  MutexLock lock(mutex_);
+  MVGPU_CHECK(iommu_ != nullptr);
+  const uint64_t answered = iommu_->pages_answered();
+  access(*iommu_);
+  ShowCache();
+  TellAccounts();
+  if (iommu_->pages_answered() != answered) owner_->on_doorbell(glue::VirtioGpu::kControlQueue);
 }
 
 void Vgpu::ShowCache() {

@@ -17,9 +17,18 @@
 // (step_memory.h). What it wrote goes out, without the lock, when it is done, and then the guest is
 // interrupted. Where a driver resets its device just then, one write may still be under way: no VMM
 // serves it before it has the answer to its own message.
+//
+// With an IOMMU of the guest's before it (guest_iommu.h), the pages in commands are under a PASID;
+// rings and requests stay at addresses of guest memory, as for a driver without
+// VIRTIO_F_ACCESS_PLATFORM. Its registers are used under the same lock, so an invalidation never
+// comes in the middle of a request, and has its effect before its wait descriptor is answered. A
+// step that the guest has to find pages for is undone, and tried again after its answer, which is a
+// doorbell for the owner.
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -30,6 +39,7 @@
 #include "apionly-domain/assigned/assigned_space.h"
 #include "apionly-domain/base/mutex.h"
 #include "apionly-domain/container.h"
+#include "backend/guest_iommu.h"
 #include "backend/session_observer.h"
 #include "backend/step_memory.h"
 #include "backend/step_observer.h"
@@ -51,7 +61,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
    public:
     virtual ~Owner() = default;
     // Both are called with the lock held and must not call back.
-    // The guest rang a doorbell: step() has work.
+    // The guest rang a doorbell, or has answered for pages that a request waits for: step() has
+    // work.
     virtual void on_doorbell(uint16_t queue) = 0;
     // The guest broke the rules of a queue, which stands still until its driver resets the device.
     virtual void on_queue_error(uint16_t queue, const Error& error) = 0;
@@ -78,6 +89,9 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     // Asks the VMM for memory without a file, and waits for it. Outlives the vGPU. Null: such
     // memory cannot be reached.
     domain::RemoteMemory* remote = nullptr;
+    // The IOMMU that the guest sees before this device. A trace has no records for it: what is
+    // recorded then cannot be replayed.
+    std::optional<GuestIommu::Options> iommu{};
   };
   struct Counters {
     domain::Container::Totals container;
@@ -104,6 +118,10 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   // at a time, and by none that Parts::remote waits for. When that says kProtocol, the step ends
   // undone.
   bool step(uint16_t queue);
+
+  // What the guest does to the registers of its IOMMU: called once, with the lock held, at a moment
+  // when no request is under way. Must not call back. REQUIRES: Parts::iommu was given.
+  void use_iommu(const std::function<void(GuestIommu&)>& access);
 
   Counters counters() const;
   // What a replay of the same session must reproduce: a JSON object of counters and the hash of the
@@ -154,9 +172,7 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   void TellAccountsOfStep() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Take(Step& step) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
-  void on_driver_reset() override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    step_memory_.forget_everything();
-  }
+  void on_driver_reset() override ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void on_notify(uint16_t queue) override { owner_->on_doorbell(queue); }
   void on_queue_error(uint16_t queue, const Error& error) override {
     owner_->on_queue_error(queue, error);
@@ -208,6 +224,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   std::unique_ptr<domain::ApiOnlyDomain> domain_;
   std::unique_ptr<dma::Mapper> mapper_;
   std::unique_ptr<dma::DmaCache> cache_;
+  const std::optional<GuestIommu::Options> iommu_options_;
+  std::unique_ptr<GuestIommu> iommu_ ABSL_PT_GUARDED_BY(mutex_);  // null: the guest sees none
   gpu::Screenshot screenshot_;
   FrameReporter frame_reporter_;
   gpu::FanOut displays_;

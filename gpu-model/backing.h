@@ -8,8 +8,10 @@
 #include "apionly-domain/api_only_domain.h"
 #include "apionly-domain/base/address.h"
 #include "apionly-domain/base/error.h"
+#include "apionly-domain/viommu/dma_space.h"
 #include "dma-cache/dma_mapping.h"
 #include "dma-cache/dma_user.h"
+#include "gpu-model/page_budget.h"
 
 namespace mvgpu::gpu {
 
@@ -37,13 +39,24 @@ struct LineBlock {
 // Memory without a file cannot be held. An extent with such pages is copied by the domain each
 // time, which asks the VMM for the bytes.
 //
+// Where the list is in a DmaSpace, an extent is what lies in a row there and in guest memory. An
+// invalidation makes each extent that it touches untranslated: its hold is given up, the addresses
+// stay, and a copy translates again the pages that it needs.
+//
 // Not thread-safe.
 class Backing {
  public:
+  // Where the pages come from; all outlive the backing.
+  struct Memory {
+    dma::DmaUser* user;
+    const domain::ApiOnlyDomain* domain;
+    domain::DmaSpace* space = nullptr;  // null: the list's addresses are guest memory's
+    PageBudget* translated = nullptr;   // of a space: each page of the list is charged
+  };
   // Pins and maps every entry that can be held, or nothing. Errors: kInvalid (no entries, an empty
-  // one, a wrapping address) or those of DmaUser::map(). User and domain outlive the backing.
-  static Result<Backing> Create(std::span<const BackingEntry> entries, dma::DmaUser* user,
-                                const domain::ApiOnlyDomain* domain);
+  // one, a wrapping address) or those of DmaUser::map(), DmaSpace::translate() and PageBudget.
+  // After kPending the same list is to come again.
+  static Result<Backing> Create(std::span<const BackingEntry> entries, const Memory& memory);
 
   uint64_t size() const { return size_; }        // bytes
   uint64_t entries() const { return entries_; }  // as the guest gave them
@@ -52,19 +65,36 @@ class Backing {
   // Copies the lines to `destination`, line n to n * destination_stride; returns the bytes copied.
   // What lies behind the end of the backing is left alone, as QEMU does. Asks the cache for the
   // pages first: one call per extent that is touched, each of them a hit while the hold is valid.
-  // Errors: kInvalid (starts behind the end) and those of DmaUser::map(), DmaMapping::read() and
-  // ApiOnlyDomain::read(); after an error some lines may have been copied. After kPending the same
-  // copy is to be asked for again: all bytes that were missing have been asked for. REQUIRES:
-  // destination.size() >= (lines - 1) * destination_stride + line_bytes.
+  // Errors: kInvalid (starts behind the end) and those of DmaSpace::translate(), DmaUser::map(),
+  // DmaMapping::read() and ApiOnlyDomain::read(); after an error some lines may have been copied.
+  // After kPending the same copy is to be asked for again: all bytes that were missing have been
+  // asked for. REQUIRES: destination.size() >= (lines - 1) * destination_stride + line_bytes.
   Result<uint64_t> copy(const LineBlock& block, std::span<std::byte> destination,
                         uint64_t destination_stride);
+
+  // The translations of these addresses are void: gives up what is held by them.
+  void forget(IovaRange range);
 
  private:
   struct Extent {
     uint64_t offset;  // of its first byte within the backing
-    IovaRange iova;
-    dma::DmaMapping hold;
+    IovaRange iova;   // in guest memory; untranslated, the same as `from`
+    Iova from;        // of its first byte, as the guest's list has it
+    dma::DmaMapping hold{};
     bool is_copied = false;  // cannot be held
+    bool is_translated = true;
+
+    IovaRange listed() const {
+      return IovaRange::FromFirstAndLast(from, from + (iova.last() - iova.start()));
+    }
+    // The same for a part of what is listed.
+    Extent part(IovaRange listed_part, Iova to, bool translated) const;
+  };
+  // A part of an untranslated extent, and what came of it.
+  struct Need {
+    size_t extent;
+    IovaRange listed;
+    std::vector<domain::DmaRun> runs;
   };
   // The part of an extent that a copy needs, and the use of it that lasts for the copy.
   struct Use {
@@ -73,7 +103,13 @@ class Backing {
     dma::DmaMapping mapping;
   };
 
-  Backing(dma::DmaUser* user, const domain::ApiOnlyDomain* domain) : user_(user), domain_(domain) {}
+  explicit Backing(const Memory& memory) : memory_(memory) {}
+  Result<void> Append(const BackingEntry& entry);
+  // Translates the pages of a block that are not.
+  Result<void> TranslateFor(const LineBlock& block);
+  std::vector<Need> NeedsOf(const LineBlock& block) const;
+  void Split(std::vector<Need> needs);
+  void MergeUntranslated();
   // Maps a part of an extent, or finds that it has to be copied: then the mapping is empty.
   Result<dma::DmaMapping> Map(Extent& extent, IovaRange part);
   size_t extent_at(uint64_t offset) const;
@@ -87,12 +123,13 @@ class Backing {
   Result<uint64_t> CopyUnheld(const LineBlock& block, std::span<std::byte> destination,
                               uint64_t destination_stride) const;
 
-  dma::DmaUser* user_;
-  const domain::ApiOnlyDomain* domain_;
+  Memory memory_;
+  PageCharge charge_;
   std::vector<Extent> extents_;  // sorted by offset, without gaps
   uint64_t size_ = 0;
   uint64_t entries_ = 0;
-  size_t unheld_extents_ = 0;  // with is_copied
+  size_t unheld_extents_ = 0;        // with is_copied
+  size_t untranslated_extents_ = 0;  // without is_translated
 };
 
 }  // namespace mvgpu::gpu

@@ -13,6 +13,10 @@
 // of pages stays: the next transfer pins and maps what is there then, or answers the guest with an
 // error.
 //
+// Addresses in backings are those of guest memory, or of a DmaSpace (a PASID behind the guest's
+// IOMMU), where the device translates them when it attaches or uses them, keeps the result, and
+// lets go of everything behind it when the guest invalidates it.
+//
 // Where to read next: gpu_device_2d.h (the device), protocol.h (wire structures), resource.h,
 // scanout.h, edid.h, display/display.h (where pictures go: screenshot.h, fan_out.h, frame_hash.h).
 
@@ -26,6 +30,7 @@
 
 #include "apionly-domain/api_only_domain.h"
 #include "apionly-domain/base/error.h"
+#include "apionly-domain/viommu/dma_space.h"
 #include "dma-cache/dma_cache.h"
 #include "gpu-model/display/display.h"
 
@@ -37,7 +42,8 @@ struct GpuConfig {
   Size largest_mode{4096, 2160};            // width and height limits of EDID modes
   uint64_t host_memory_limit = 256u << 20;  // bytes of all resources' host pixels together
   uint32_t max_resources = 4096;
-  uint32_t max_backing_entries = 16384;  // per resource, as QEMU
+  uint32_t max_backing_entries = 16384;      // per resource, as QEMU
+  uint64_t max_translated_pages = 1u << 18;  // of all backings in a DmaSpace; the largest picture
 };
 
 // The guest's hardware cursor on one scanout. Tracked, never drawn into the frame, as in QEMU's
@@ -73,13 +79,16 @@ class GpuDevice {
     uint64_t resources = 0;          // now
     uint64_t attached_entries = 0;   // now, over all resources
     uint64_t host_bytes = 0;         // host pixels now
+    uint64_t translated_pages = 0;   // now, of backings in a DmaSpace
   };
 
-  // Cache, domain, display and owner outlive the device; the cache is one of this domain. Errors:
-  // kInvalid for an impossible configuration.
+  // Cache, domain, display, owner and space outlive the device; the cache is one of this domain;
+  // without a space, backings are addresses of guest memory. Errors: kInvalid for an impossible
+  // configuration.
   static Result<std::unique_ptr<GpuDevice>> Create(GpuConfig config, dma::DmaCache* cache,
                                                    const domain::ApiOnlyDomain* domain,
-                                                   Display* display, Owner* owner);
+                                                   Display* display, Owner* owner,
+                                                   domain::DmaSpace* space = nullptr);
   virtual ~GpuDevice() = default;
 
   // Bits of virtio 1.2, 5.7.3 that the device offers: VIRTIO_GPU_F_EDID.

@@ -30,26 +30,36 @@ Result<void> CheckConfig(const GpuConfig& config) {
 
 Result<std::unique_ptr<GpuDevice>> GpuDevice::Create(GpuConfig config, dma::DmaCache* cache,
                                                      const domain::ApiOnlyDomain* domain,
-                                                     Display* display, Owner* owner) {
+                                                     Display* display, Owner* owner,
+                                                     domain::DmaSpace* space) {
   MVGPU_RETURN_IF_ERROR(CheckConfig(config));
-  return std::make_unique<GpuDevice2d>(config, cache, domain, display, owner);
+  return std::make_unique<GpuDevice2d>(config, cache, domain, display, owner, space);
 }
 
 GpuDevice2d::GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache,
                          const domain::ApiOnlyDomain* domain, Display* display,
-                         GpuDevice::Owner* owner)
+                         GpuDevice::Owner* owner, domain::DmaSpace* space)
     : config_(config),
       user_(cache->open_user(this)),
       domain_(domain),
       display_(display),
       owner_(owner),
-      budget_(config.host_memory_limit) {
+      space_(space),
+      budget_(config.host_memory_limit),
+      translated_(config.max_translated_pages) {
+  if (space_ != nullptr) space_->set_user(this);
   heads_.resize(config.scanouts);
   for (Head& head : heads_) head.preferred_mode = config.preferred_mode;
 }
 
 // Displays are told nothing: they may be gone sooner than a device that was not reset.
-GpuDevice2d::~GpuDevice2d() = default;
+GpuDevice2d::~GpuDevice2d() {
+  if (space_ != nullptr) space_->set_user(nullptr);
+}
+
+void GpuDevice2d::on_invalidated(IovaRange range) {
+  for (const auto& [id, resource] : resources_) resource->forget(range);
+}
 
 void GpuDevice2d::read_config(uint32_t offset, std::span<std::byte> data) const {
   const wire::Config config{events_read_, 0, config_.scanouts, 0};
@@ -114,7 +124,7 @@ Result<GpuDevice2d::Answer> GpuDevice2d::Execute(wire::Command command, Request 
     case wire::Command::kTransferToHost2d:
       return TransferToHost2d(request).map([](wire::Response type) { return Answer{type}; });
     case wire::Command::kResourceAttachBacking:
-      return Answer{ResourceAttachBacking(request)};
+      return ResourceAttachBacking(request).map([](wire::Response type) { return Answer{type}; });
     case wire::Command::kResourceDetachBacking:
       return Answer{ResourceDetachBacking(request)};
     default:
@@ -166,6 +176,7 @@ GpuDevice::Counters GpuDevice2d::counters() const {
     counters.attached_entries += resource->backing_entries();
   }
   counters.host_bytes = budget_.used();
+  counters.translated_pages = translated_.used();
   return counters;
 }
 

@@ -9,6 +9,7 @@
 #include <absl/container/flat_hash_map.h>
 
 #include "gpu-model/gpu_device.h"
+#include "gpu-model/page_budget.h"
 #include "gpu-model/pixel_buffer.h"
 #include "gpu-model/protocol.h"
 #include "gpu-model/resource.h"
@@ -21,11 +22,13 @@ namespace mvgpu::gpu {
 //
 // Its commands are in resource_commands.cc and scanout_commands.cc; the rest is in
 // gpu_device_2d.cc.
-class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
+class GpuDevice2d final : public GpuDevice,
+                          private dma::DmaUser::Owner,
+                          private domain::DmaSpace::User {
  public:
   // REQUIRES: a configuration that GpuDevice::Create() has checked.
   GpuDevice2d(const GpuConfig& config, dma::DmaCache* cache, const domain::ApiOnlyDomain* domain,
-              Display* display, GpuDevice::Owner* owner);
+              Display* display, GpuDevice::Owner* owner, domain::DmaSpace* space);
   ~GpuDevice2d() override;
 
   uint64_t features() const override { return wire::kFeatureEdid; }
@@ -61,6 +64,7 @@ class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
 
   // No hardware has the addresses: a copy looks for itself whether its pages are still there.
   void on_revoke(IovaRange) override {}
+  void on_invalidated(IovaRange range) override;
 
   // Errors: kPending.
   Result<Answer> Execute(wire::Command command, Request request, std::span<std::byte> payload);
@@ -68,7 +72,7 @@ class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
   // resource_commands.cc
   wire::Response ResourceCreate2d(Request request);
   wire::Response ResourceUnref(Request request);
-  wire::Response ResourceAttachBacking(Request request);
+  Result<wire::Response> ResourceAttachBacking(Request request);
   wire::Response ResourceDetachBacking(Request request);
   Result<wire::Response> TransferToHost2d(Request request);
 
@@ -89,13 +93,15 @@ class GpuDevice2d final : public GpuDevice, private dma::DmaUser::Owner {
 
   const GpuConfig config_;
   const std::unique_ptr<dma::DmaUser> user_;   // of the cache; outlives the resources below
-  const domain::ApiOnlyDomain* const domain_;  // these three outlive the device: contract of
+  const domain::ApiOnlyDomain* const domain_;  // these outlive the device: contract of
   Display* const display_;                     // GpuDevice::Create()
   GpuDevice::Owner* const owner_;
+  domain::DmaSpace* const space_;  // likewise; may be null
 
   uint32_t events_read_ = 0;
   Counters counters_;   // those that only grow; the others are computed
-  PixelBudget budget_;  // outlives the resources and heads below
+  PixelBudget budget_;  // these two outlive the resources and heads below
+  PageBudget translated_;
   absl::flat_hash_map<uint32_t, std::unique_ptr<Resource>> resources_;
   std::vector<Head> heads_;
 };

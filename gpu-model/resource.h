@@ -42,6 +42,10 @@ class Resource {
   // REQUIRES: !has_backing().
   void attach(Backing backing);
   void detach() { backing_.reset(); }
+  // The translations of these addresses are void, see Backing.
+  void forget(IovaRange range) {
+    if (backing_) backing_->forget(range);
+  }
 
   // TRANSFER_TO_HOST_2D: fills the rectangle from the backing, whose lines start at `offset` and
   // are stride() apart. Returns the bytes copied. Errors: Backing::copy(). REQUIRES: has_backing(),

@@ -65,7 +65,7 @@ void GpuDevice2d::DestroyResource(uint32_t id) {
   resources_.erase(it);
 }
 
-Response GpuDevice2d::ResourceAttachBacking(Request request) {
+Result<Response> GpuDevice2d::ResourceAttachBacking(Request request) {
   const auto command = wire::ReadAt<wire::ResourceAttachBacking>(request);
   if (!command) return Response::kErrInvalidParameter;
   Resource* resource = FindResource(command->resource_id);
@@ -83,8 +83,13 @@ Response GpuDevice2d::ResourceAttachBacking(Request request) {
     const auto entry = wire::ReadAt<wire::MemEntry>(list, i * sizeof(wire::MemEntry));
     entries[i] = {Iova(entry->addr), entry->length};
   }
-  auto backing = Backing::Create(entries, user_.get(), domain_);
-  if (!backing) return Refuse(backing.error());
+  auto backing = Backing::Create(entries, {user_.get(), domain_, space_, &translated_});
+  if (!backing) {
+    if (backing.error().code() == ErrorCode::kPending) {
+      return tl::unexpected<Error>(std::move(backing).error());
+    }
+    return Refuse(backing.error());
+  }
   resource->attach(std::move(*backing));
   return Response::kOkNodata;
 }

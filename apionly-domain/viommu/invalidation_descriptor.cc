@@ -133,16 +133,9 @@ Decoded DecodePasidDeviceTlb(uint64_t low, uint64_t high) {
 }
 
 Decoded DecodePageGroupResponse(uint64_t low, uint64_t high) {
-  using Code = PageGroupResponse::Code;
-  const auto code = static_cast<Code>(Field(low, 12, 4));
-  if (code != Code::kSuccess && code != Code::kInvalid && code != Code::kFailure) {
-    return Bad(QueueError::kReserved);
-  }
-  return PageGroupResponse{.source = static_cast<SourceId>(Field(low, 16, 16)),
-                           .pasid = Bit(low, 4) ? std::optional(PasidIn(low)) : std::nullopt,
-                           .code = code,
-                           .group = static_cast<uint16_t>(Field(high, 3, 9)),
-                           .is_last = Bit(high, 2)};
+  const auto response = VtdGroupResponse::Decode({low, high});
+  if (!response) return Bad(QueueError::kReserved);
+  return *response;
 }
 
 }  // namespace

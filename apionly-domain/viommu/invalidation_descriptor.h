@@ -14,6 +14,7 @@
 #include <tl/expected.hpp>
 
 #include "apionly-domain/base/address.h"
+#include "apionly-domain/faults/vtd_page_records.h"
 #include "apionly-domain/viommu/vtd_entries.h"
 
 namespace mvgpu::domain {
@@ -79,20 +80,10 @@ struct PasidCacheInvalidation {
   bool operator==(const PasidCacheInvalidation&) const = default;
 };
 
-struct PageGroupResponse {
-  enum class Code : uint8_t { kSuccess = 0, kInvalid = 1, kFailure = 0xf };
-  SourceId source = 0;
-  std::optional<Pasid> pasid = std::nullopt;
-  Code code = Code::kSuccess;
-  uint16_t group = 0;  // PRGI, 9 bits
-  bool is_last = false;
-  bool operator==(const PageGroupResponse&) const = default;
-};
-
 using InvalidationDescriptor =
     std::variant<ContextInvalidation, IotlbInvalidation, DeviceTlbInvalidation,
                  InterruptEntryInvalidation, InvalidationWait, PasidIotlbInvalidation,
-                 PasidCacheInvalidation, PageGroupResponse>;
+                 PasidCacheInvalidation, VtdGroupResponse>;
 
 // Why a queue stops, as IQERCD_REG.IQEI has it.
 enum class QueueError : uint8_t {

@@ -9,6 +9,7 @@
 
 #include "apionly-domain/access.h"
 #include "apionly-domain/base/address.h"
+#include "apionly-domain/faults/page_request.h"
 #include "apionly-domain/nested/table_walker.h"
 #include "apionly-domain/viommu/invalidation_descriptor.h"
 #include "apionly-domain/viommu/vtd_entries.h"
@@ -87,7 +88,7 @@ struct PasidIotlbEvent {
 struct PasidCacheEvent {
   bool operator==(const PasidCacheEvent&) const = default;
 };
-struct PageRequestEvent {
+struct PageRequestEvent {  // one of a FaultGroup
   Iova page;
   Access access = Access::kRead;
   uint16_t group = 0;  // PRGI
@@ -96,7 +97,7 @@ struct PageRequestEvent {
 };
 struct PageResponseEvent {
   uint16_t group = 0;
-  PageGroupResponse::Code code = PageGroupResponse::Code::kSuccess;
+  FaultAnswer answer = FaultAnswer::kSuccess;
   bool operator==(const PageResponseEvent&) const = default;
 };
 

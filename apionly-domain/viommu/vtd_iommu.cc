@@ -1,6 +1,9 @@
 #include "apionly-domain/viommu/vtd_iommu.h"
 
+#include <fmt/format.h>
+
 #include <span>
+#include <utility>
 
 #include "apionly-domain/api_only_domain.h"
 
@@ -23,19 +26,23 @@ VtdIommu::VtdIommu(Options options, Parts parts)
       caches_(options.caches),
       recent_(options.caches.pages),
       faults_(options.fault_records, this),
-      queue_(options.rules, &memory_, this) {}
+      queue_(options.rules, &memory_, this),
+      page_requests_(parts.guest, this) {}
 
 void VtdIommu::set_root(uint64_t rtaddr) {
   root_.raw = rtaddr;
   caches_.clear();
   recent_.forget();
+  UnmapAll();
   SyncAll();
 }
 
 void VtdIommu::set_translating(bool translating) {
+  if (is_translating_ == translating) return;
   is_translating_ = translating;
   recent_.forget();
   parts_.object->set_bypassed(!translating);
+  UnmapAll();
 }
 
 void VtdIommu::write_fault_status(uint32_t fsts) {
@@ -151,22 +158,53 @@ void VtdIommu::ForgetPage(const Found& found, Iova page) {
   }
 }
 
-tl::expected<void, VtdFault> VtdIommu::request_page(const VtdRequest& request, uint16_t group,
-                                                    bool is_last) {
-  VtdRequest asked = request;
-  asked.kind = VtdRequest::Kind::kPage;
+tl::expected<void, VtdFault> VtdIommu::AdmitPage(DeviceSpace space, const PageRequest& page) {
+  constexpr FaultRights kRights = kMayRead | kMayWrite | kMayExecute;  // as in FaultRights
+  const VtdRequest asked{
+      .source = space.source,
+      .pasid = space.pasid,
+      .address = page.address,
+      .wanted = {static_cast<Rights>(page.rights & kRights), (page.rights & kFaultPrivileged) != 0},
+      .kind = VtdRequest::Kind::kPage};
   const auto found = Find(asked);
-  if (!found) {
-    Record(asked, found.error());
-    return At(asked.address, found.error());
+  if (found) {
+    ForgetPage(*found, Iova(page.address & ~kPageMask));
+    return {};
   }
-  const Iova page(asked.address & ~kPageMask);
-  ForgetPage(*found, page);
-  const Rights rights = asked.wanted.rights & (kMayRead | kMayWrite);
-  const Access access = rights == 0 ? Access::kRead : static_cast<Access>(rights);
-  parts_.object->notify(
-      {{asked.source, asked.pasid}, PageRequestEvent{page, access, group, is_last}});
-  return {};
+  Record(asked, found.error());
+  return At(asked.address, found.error());
+}
+
+void VtdIommu::TellRequests(DeviceSpace space, const FaultGroup& group) {
+  for (size_t i = 0; i < group.requests.size(); ++i) {
+    const PageRequest& page = group.requests[i];
+    parts_.object->notify(
+        {space, PageRequestEvent{Iova(page.address & ~kPageMask), AccessOfFault(page.rights),
+                                 static_cast<uint16_t>(group.id), i + 1 == group.requests.size()}});
+  }
+}
+
+Result<void> VtdIommu::submit(FaultGroup group, FaultSource* source) {
+  if (group.device > UINT16_MAX || group.pasid.value_or(0) > vtd::kPasidMask ||
+      group.id > UINT16_MAX) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("group {:#x} of device {:#x}, pasid {:#x}, is none of vt-d: 16 bits "
+                            "for the device, 20 for the pasid",
+                            group.id, group.device, group.pasid.value_or(0)));
+  }
+  const DeviceSpace space{static_cast<SourceId>(group.device), group.pasid};
+  for (const PageRequest& page : group.requests) {
+    if (const auto admitted = AdmitPage(space, page); !admitted) {
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("page request: fault {}", admitted.error().ToString()));
+    }
+  }
+  // First: the guest may answer before the queue returns.
+  TellRequests(space, group);
+  const auto id = static_cast<uint16_t>(group.id);
+  auto queued = page_requests_.submit(std::move(group), source);
+  if (!queued) parts_.object->notify({space, PageResponseEvent{id, FaultAnswer::kInvalid}});
+  return queued;
 }
 
 }  // namespace mvgpu::domain

@@ -14,6 +14,10 @@
 //
 // What it has not: legacy mode, interrupt remapping, extended accessed flags, memory types.
 //
+// Page requests. A device's groups come in as to any FaultSink, are written into the page request
+// queue (faults/vtd_page_requests.h) whose other end is the guest's driver, and are answered when
+// its response comes through the invalidation queue. The object's listeners hear of both.
+//
 // Bindings. The unit behaves as one in caching mode (CAP.CM): the guest says also when it has put
 // an entry where nothing was. So each invalidation of the PASID cache says which entries to look at
 // again, and the object hears of each that came, went or changed. This does not depend on whether
@@ -23,6 +27,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "apionly-domain/faults/page_request.h"
+#include "apionly-domain/faults/vtd_page_requests.h"
 #include "apionly-domain/nested/guest_tables.h"
 #include "apionly-domain/viommu/fault_log.h"
 #include "apionly-domain/viommu/invalidation_queue.h"
@@ -39,11 +45,15 @@ class ApiOnlyDomain;
 
 // Not thread-safe: whoever runs requests and registers takes turns. Guest memory may be unmapped by
 // the VMM at any time, on any thread.
-class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner {
+class VtdIommu final : public FaultSink,
+                       private InvalidationQueue::Owner,
+                       private FaultLog::Owner,
+                       private VtdPageRequestQueue::Owner {
  public:
   class Owner {
    public:
     virtual ~Owner() = default;
+    virtual void on_page_request_event() {}
     virtual void on_fault_event() = 0;
     virtual void on_wait_event() = 0;  // an invalidation wait with interrupt is done
     virtual void on_interrupt_entries_invalid(const InterruptEntryInvalidation& which) = 0;
@@ -70,10 +80,14 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
 
   // A device behind this unit: those whose PASIDs the object hears of.
   void add_device(SourceId source);
+  // Looks at the entry of this address space now, as after an invalidation of the PASID cache, for
+  // somebody who must not miss what becomes of it. REQUIRES: a device that was added.
+  void sync(DeviceSpace space);
 
-  // RTADDR_REG, when GCMD.SRTP takes it over. Nothing is remembered after that (CAP.ESRTPS).
+  // RTADDR_REG, when GCMD.SRTP takes it over. Nothing is remembered after that (CAP.ESRTPS), by
+  // the object's listeners either.
   void set_root(uint64_t rtaddr);
-  // GCMD.TE.
+  // GCMD.TE. A change makes void what was translated before it.
   void set_translating(bool translating);
 
   // IQA, IQH, IQT, GCMD.QIE, IQERCD. After writes: run_queue().
@@ -97,10 +111,12 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
     ++counters_.page_hits;
     return VtdTranslator::TargetOf({recent.address, recent.span, recent.rights});
   }
-  // A device asks for a page of a group (PRI). What is remembered of the page is forgotten, and the
-  // object's listeners hear of it.
-  tl::expected<void, VtdFault> request_page(const VtdRequest& request, uint16_t group,
-                                            bool is_last);
+  // A device asks for the pages of a group (PRI). What is remembered of them is forgotten. Errors:
+  // kInvalid (the tables do not take requests of this device, which is recorded; numbers that do
+  // not fit), those of VtdPageRequestQueue::submit().
+  Result<void> submit(FaultGroup group, FaultSource* source) override;
+  // PQA, PQH, PQT, PRS. Its drop() is a reset of a device.
+  VtdPageRequestQueue& page_requests() { return page_requests_; }
   // The same translation by the tables as they are, with nothing remembered or recorded.
   VtdResult walk(const VtdRequest& request) const { return translator_.translate(root_, request); }
 
@@ -119,6 +135,7 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
   void on_wait_complete() override;
   void on_queue_error(QueueError error) override;
   void on_fault_event() override { parts_.owner->on_fault_event(); }
+  void on_page_request_event() override { parts_.owner->on_page_request_event(); }
 
   VtdResult TranslateAnew(const VtdRequest& request);
   VtdResult Translate(const VtdRequest& request);
@@ -127,6 +144,9 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
   tl::expected<Found, VtdFault> Find(const VtdRequest& request);
   void Record(const VtdRequest& request, const VtdFault& fault);
   void ForgetPage(const Found& found, Iova page);
+  // A page of a group; forgotten if the tables take requests for it.
+  tl::expected<void, VtdFault> AdmitPage(DeviceSpace space, const PageRequest& page);
+  void TellRequests(DeviceSpace space, const FaultGroup& group);
 
   void Handle(const ContextInvalidation& invalidation);
   void Handle(const IotlbInvalidation& invalidation);
@@ -135,12 +155,14 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
   void Handle(const InvalidationWait&) {}  // the queue's
   void Handle(const PasidIotlbInvalidation& invalidation);
   void Handle(const PasidCacheInvalidation& invalidation);
-  void Handle(const PageGroupResponse& response);
+  void Handle(const VtdGroupResponse& response);
 
   // Makes the object's bindings those of the tables: of one PASID, of a device, of all.
   void SyncPasid(SourceId source, Pasid pasid);
   void SyncDevice(SourceId source);
   void SyncAll();
+  // Tells that no translation of any device counts any more.
+  void UnmapAll();
   void DropStale(SourceId source, std::optional<Pasid> only);
   bool BindTable(SourceId source, const vtd::ContextEntry& context, Pasid first, uint64_t table);
   bool Bind(DeviceSpace space, Pasid pasid, const vtd::PasidEntry& entry);
@@ -153,6 +175,7 @@ class VtdIommu final : private InvalidationQueue::Owner, private FaultLog::Owner
   RecentTranslations recent_;  // forgets whenever the caches, or whether to translate, change
   FaultLog faults_;
   InvalidationQueue queue_;
+  VtdPageRequestQueue page_requests_;
   std::vector<SourceId> devices_;
   vtd::RootAddress root_;
   bool is_translating_ = false;

@@ -110,10 +110,12 @@ void VtdIommu::Handle(const InterruptEntryInvalidation& invalidation) {
   parts_.owner->on_interrupt_entries_invalid(invalidation);
 }
 
-void VtdIommu::Handle(const PageGroupResponse& response) {
-  if (std::find(devices_.begin(), devices_.end(), response.source) == devices_.end()) return;
+void VtdIommu::Handle(const VtdGroupResponse& response) {
+  if (std::find(devices_.begin(), devices_.end(), response.requester) == devices_.end()) return;
   parts_.object->notify(
-      {{response.source, response.pasid}, PageResponseEvent{response.group, response.code}});
+      {{response.requester, response.pasid}, PageResponseEvent{response.group, response.answer}});
+  // Nobody waits where the device was reset meanwhile.
+  static_cast<void>(page_requests_.respond(response.encode()));
 }
 
 void VtdIommu::Handle(const PasidCacheInvalidation& invalidation) {
@@ -138,6 +140,22 @@ void VtdIommu::Handle(const PasidCacheInvalidation& invalidation) {
 
 void VtdIommu::SyncAll() {
   for (const SourceId source : devices_) SyncDevice(source);
+}
+
+void VtdIommu::UnmapAll() {
+  for (const SourceId source : devices_) {
+    parts_.object->unmap({source, std::nullopt}, AllAddresses());
+  }
+  for (const Bound& bound : BoundWhere(
+           *parts_.object, [](const Bound& other) { return other.space.pasid.has_value(); })) {
+    parts_.object->unmap(bound.space, AllAddresses());
+  }
+}
+
+void VtdIommu::sync(DeviceSpace space) {
+  if (space.pasid) return SyncPasid(space.source, *space.pasid);
+  const auto context = tables_.context(root_, space.source);
+  if (context) SyncPasid(space.source, context->rid_pasid());
 }
 
 bool VtdIommu::Bind(DeviceSpace space, Pasid pasid, const vtd::PasidEntry& entry) {

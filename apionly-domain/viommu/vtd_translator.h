@@ -10,9 +10,10 @@ namespace mvgpu::domain {
 
 // Where a request may go. What lies behind `address` in the same page of the tables is contiguous.
 struct VtdTarget {
-  uint64_t address = 0;  // after the last stage
-  uint64_t length = 0;   // bytes from there on to the end of that page
-  Rights rights = 0;     // for requests of the same privilege
+  uint64_t address = 0;            // after the last stage
+  uint64_t length = 0;             // bytes from there on to the end of that page
+  Rights rights = 0;               // for requests of the same privilege
+  uint64_t page_size = kPageSize;  // bytes of that page: an invalidation of any part is of it all
   bool operator==(const VtdTarget&) const = default;
 };
 
@@ -34,7 +35,7 @@ class VtdTranslator {
   tl::expected<Leaf, VtdFault> walk(const vtd::PasidEntry& entry, uint64_t address,
                                     Wanted wanted) const;
   static VtdTarget TargetOf(const Leaf& leaf) {
-    return {leaf.out, leaf.span - (leaf.out & (leaf.span - 1)), leaf.rights};
+    return {leaf.out, leaf.span - (leaf.out & (leaf.span - 1)), leaf.rights, leaf.span};
   }
 
  private:

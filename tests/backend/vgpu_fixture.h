@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -29,6 +30,9 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   // Who is asked for memory without a file; called in SetUp(), too.
   virtual domain::RemoteMemory* remote() { return nullptr; }
 
+  // The IOMMU that the guest sees; called in SetUp(), too. None: commands have guest addresses.
+  virtual std::optional<GuestIommu::Options> iommu() { return std::nullopt; }
+
   VgpuTest() { config_.pin = PinMode::kNone; }
 
   void SetUp() override { MakeVgpu(); }
@@ -42,6 +46,8 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
     auto parts = Vgpu::MakeParts(config_);
     ASSERT_THAT(parts, testing::IsOk());
     parts->remote = remote();
+    parts->iommu = iommu();
+    if (mapper_ != nullptr) parts->mapper = std::move(mapper_);
     auto vgpu = Vgpu::Create(config_, std::move(*parts), observer(), this);
     ASSERT_THAT(vgpu, testing::IsOk());
     vgpu_ = std::move(*vgpu);
@@ -80,6 +86,7 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   void on_remote_memory(Iova first) override { remote_.push_back(first); }
 
   VgpuConfig config_;
+  std::unique_ptr<dma::Mapper> mapper_;  // that SetUp() takes; null: the one of config_
   std::vector<uint16_t> doorbells_;
   std::vector<std::string> queue_errors_;
   std::vector<uint16_t> waiting_;

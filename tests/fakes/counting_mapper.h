@@ -69,6 +69,11 @@ class CountingMapper final : public dma::Mapper {
   void go_on_at(DmaAddr address) { next_ = address.value(); }
 
   uint64_t mapped_pages() const { return mapped_.size(); }
+  std::set<uint64_t> mapped_iova_pages() const {
+    std::set<uint64_t> pages;
+    for (const auto& [address, page] : mapped_) pages.insert(page.iova_page);
+    return pages;
+  }
   // The IOVA page behind a device address. REQUIRES: mapped.
   uint64_t iova_page_at(DmaAddr address) const { return PageAt(address)->second.iova_page; }
   domain::Access access_at(DmaAddr address) const { return PageAt(address)->second.access; }

@@ -132,16 +132,20 @@ TEST(InvalidationDescriptorTest, PasidDeviceTlb) {
 }
 
 TEST(InvalidationDescriptorTest, PageGroupResponse) {
-  using Code = PageGroupResponse::Code;
+  using Code = FaultAnswer;
   for (const auto& [low, code] : {std::pair{0x0001'2345'3a91'0019u + 0ul, Code::kSuccess},
                                   std::pair{0x0001'2345'3a91'1019u + 0ul, Code::kInvalid},
                                   std::pair{0x0001'2345'3a91'f019u + 0ul, Code::kFailure}}) {
-    ExpectDecoded(
-        low, 0xd2c,
-        PageGroupResponse{
-            .source = 0x3a91, .pasid = 0x12345, .code = code, .group = 0x1a5, .is_last = true});
+    ExpectDecoded(low, 0xd2c,
+                  VtdGroupResponse{.requester = 0x3a91,
+                                   .pasid = 0x12345,
+                                   .group = 0x1a5,
+                                   .is_last = true,
+                                   .answer = code});
   }
-  ExpectDecoded(0x0000'0000'3a91'0009, 0xd28, PageGroupResponse{.source = 0x3a91, .group = 0x1a5});
+  ExpectDecoded(0x0000'0000'3a91'0009, 0xd28,
+                VtdGroupResponse{
+                    .requester = 0x3a91, .pasid = std::nullopt, .group = 0x1a5, .is_last = false});
   ExpectError(0x3a91'2009, 0xd2c, QueueError::kReserved);
 }
 

@@ -72,7 +72,7 @@ TEST_F(IommuObjectTest, EachKindOfEventIsHeardByWhoAskedForIt) {
       {kSpace, PasidIotlbEvent{MakeRange(0x1000, 0x1000)}},
       {kSpace, PasidCacheEvent{}},
       {kSpace, PageRequestEvent{.page = Iova(0x1000), .access = Access::kWrite, .group = 5}},
-      {kSpace, PageResponseEvent{.group = 5, .code = PageGroupResponse::Code::kFailure}}};
+      {kSpace, PageResponseEvent{.group = 5, .answer = FaultAnswer::kFailure}}};
   for (const IommuEvent& event : events) {
     object_.add(&listener_, {.kinds = static_cast<IommuEventKinds>(event.kind())});
     object_.add(&second_, {.kinds = static_cast<IommuEventKinds>(

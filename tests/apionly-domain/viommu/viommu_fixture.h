@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "apionly-domain/viommu/vtd_iommu.h"
@@ -25,6 +26,15 @@ class RecordingListener final : public IommuListener {
   }
   std::vector<IommuEvent> events;
   std::function<void(const IommuEvent&)> during;
+};
+
+// A device that waits for pages.
+class RecordingSource final : public FaultSource {
+ public:
+  void on_answer(const FaultGroup& group, FaultAnswer answer) override {
+    answers.emplace_back(group.id, answer);
+  }
+  std::vector<std::pair<uint32_t, FaultAnswer>> answers;
 };
 
 // The tables of the vectors: device 3a:12.1 with PASID 0x12345 in domain 0x42, nested. The first
@@ -56,6 +66,7 @@ class VtdIommuTest : public TablesTest, public VtdIommu::Owner {
 
   static constexpr uint64_t kQueue = 0x5000;
   static constexpr uint64_t kStatus = 0x9000;
+  static constexpr uint64_t kPageRequests = 0xa000;
 
   void SetUp() override {
     TablesTest::SetUp();
@@ -98,6 +109,7 @@ class VtdIommuTest : public TablesTest, public VtdIommu::Owner {
     iommu_->faults().set_masked(false);
     iommu_->queue().write_address(kQueue | 1 << 11);
     iommu_->queue().enable();
+    iommu_->page_requests().set_address(kPageRequests);
     tail_ = 0;
   }
   void PutEntry(uint64_t at, uint64_t q0, uint64_t q1, uint64_t q2) {
@@ -125,6 +137,16 @@ class VtdIommuTest : public TablesTest, public VtdIommu::Owner {
     return iommu_->translate(Request(kGva, wanted));
   }
 
+  // A group of one page.
+  Result<void> RequestPage(const VtdRequest& request, uint32_t group) {
+    const FaultRights rights =
+        request.wanted.rights | (request.wanted.privileged ? kFaultPrivileged : 0u);
+    return iommu_->submit({.device = request.source,
+                           .pasid = request.pasid,
+                           .id = group,
+                           .requests = {{.rights = rights, .address = request.address}}},
+                          &asking_);
+  }
   // One descriptor after the other, done at once.
   void Invalidate(uint64_t low, uint64_t high = 0) {
     for (const uint64_t word : {low, high, uint64_t{0}, uint64_t{0}}) {
@@ -142,16 +164,19 @@ class VtdIommuTest : public TablesTest, public VtdIommu::Owner {
 
   void on_fault_event() override { ++fault_events_; }
   void on_wait_event() override { ++wait_events_; }
+  void on_page_request_event() override { ++page_request_events_; }
   void on_interrupt_entries_invalid(const InterruptEntryInvalidation& which) override {
     interrupt_entries_.push_back(which);
   }
 
+  RecordingSource asking_;
   std::unique_ptr<IommuObject> object_;
   std::unique_ptr<VtdIommu> iommu_;
   RecordingListener listener_;
   uint64_t tail_ = 0;
   int fault_events_ = 0;
   int wait_events_ = 0;
+  int page_request_events_ = 0;
   std::vector<InterruptEntryInvalidation> interrupt_entries_;
 };
 

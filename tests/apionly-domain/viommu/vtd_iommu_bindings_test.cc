@@ -208,16 +208,60 @@ TEST_F(VtdIommuBindingsTest, PagesAreRequestedAndAnswered) {
   Listen({.kinds = IommuEventKind::kPageRequest | IommuEventKind::kPageResponse});
   EXPECT_TRUE(Translate());
   EXPECT_EQ(iommu_->cached().pages, 1);
-  EXPECT_TRUE(iommu_->request_page(Request(kGva, Access::kReadWrite), 0x1a5, true));
+  EXPECT_TRUE(RequestPage(Request(kGva, Access::kReadWrite), 0x1a5));
   EXPECT_EQ(iommu_->cached().pages, 0) << "what is known of it may be old";
+  EXPECT_EQ(page_request_events_, 1);
+  EXPECT_EQ(Get(kPageRequests), 0x0001'2345'3a91'0101u) << "as in seed-systems 2.7";
+  EXPECT_EQ(Get(kPageRequests + 8), 0x7f12'3456'7d2fu);
+  EXPECT_TRUE(asking_.answers.empty());
   Invalidate(0x0001'2345'3a91'1019, 0xd2c);
-  EXPECT_THAT(
-      listener_.take(),
-      ElementsAre(IommuEvent{kSpace, PageRequestEvent{Iova(kGva & ~kPageMask), Access::kReadWrite,
-                                                      0x1a5, true}},
-                  IommuEvent{kSpace, PageResponseEvent{0x1a5, PageGroupResponse::Code::kInvalid}}));
+  EXPECT_THAT(listener_.take(),
+              ElementsAre(IommuEvent{kSpace, PageRequestEvent{Iova(kGva & ~kPageMask),
+                                                              Access::kReadWrite, 0x1a5, true}},
+                          IommuEvent{kSpace, PageResponseEvent{0x1a5, FaultAnswer::kInvalid}}));
+  EXPECT_EQ(asking_.answers, (std::vector{std::pair{0x1a5u, FaultAnswer::kInvalid}}));
+  Invalidate(0x0001'2345'3a91'1019, 0xd2c);
+  EXPECT_EQ(asking_.answers.size(), 1u) << "nobody waits any more";
+  listener_.take();
   Invalidate(0x0001'2345'3a92'1019, 0xd2c);
   EXPECT_THAT(listener_.take(), IsEmpty()) << "not behind this unit";
+}
+
+TEST_F(VtdIommuBindingsTest, AGroupIsAskedForInOrderAndAnsweredOnce) {
+  iommu_->add_device(kSource);
+  BindNested();
+  Listen({.kinds = IommuEventKind::kPageRequest | IommuEventKind::kPageResponse});
+  const FaultGroup group{.device = kSource,
+                         .pasid = kPasid,
+                         .id = 7,
+                         .requests = {{.rights = kFaultWrite, .address = kGva},
+                                      {.rights = kFaultRead, .address = kGva + kPageSize}}};
+  EXPECT_THAT(iommu_->submit(group, &asking_), mvgpu::testing::IsOk());
+  EXPECT_THAT(iommu_->submit(group, &asking_), mvgpu::testing::FailsWith(ErrorCode::kBusy));
+  const Iova page(kGva & ~kPageMask);
+  const IommuEvent first{kSpace, PageRequestEvent{page, Access::kWrite, 7, false}};
+  const IommuEvent last{kSpace, PageRequestEvent{page + kPageSize, Access::kRead, 7, true}};
+  EXPECT_THAT(listener_.take(),
+              ElementsAre(first, last, first, last,
+                          IommuEvent{kSpace, PageResponseEvent{7, FaultAnswer::kInvalid}}))
+      << "what is refused is answered for those who heard of it";
+  EXPECT_EQ(iommu_->page_requests().tail(), 64u);
+  Invalidate(0x0001'2345'3a91'0019, 7 << 3 | 4);
+  EXPECT_EQ(asking_.answers, (std::vector{std::pair{7u, FaultAnswer::kSuccess}}));
+  EXPECT_THAT(iommu_->submit(group, &asking_), mvgpu::testing::IsOk());
+  EXPECT_EQ(iommu_->page_requests().drop(kSource), 1u) << "a reset of the device";
+  EXPECT_EQ(asking_.answers.size(), 2u);
+}
+
+TEST_F(VtdIommuBindingsTest, NumbersThatNoDeviceHasAreRefused) {
+  for (const FaultGroup& group :
+       {FaultGroup{.device = 0x1'0000, .pasid = kPasid, .id = 1, .requests = {{.address = kGva}}},
+        FaultGroup{.device = kSource, .pasid = 0x10'0000, .id = 1, .requests = {{.address = kGva}}},
+        FaultGroup{.device = kSource, .pasid = kPasid, .id = 512, .requests = {{.address = kGva}}},
+        FaultGroup{.device = kSource, .pasid = kPasid, .id = 1}}) {
+    EXPECT_THAT(iommu_->submit(group, &asking_), mvgpu::testing::FailsWith(ErrorCode::kInvalid));
+  }
+  EXPECT_TRUE(asking_.answers.empty());
 }
 
 TEST_F(VtdIommuBindingsTest, PagesOfTheSecondStageAloneAreForgottenToo) {
@@ -225,7 +269,7 @@ TEST_F(VtdIommuBindingsTest, PagesOfTheSecondStageAloneAreForgottenToo) {
   BindRid();
   EXPECT_TRUE(iommu_->translate(WithoutPasid(kGpa)));
   EXPECT_TRUE(iommu_->translate(WithoutPasid(0x40'0000)));
-  EXPECT_TRUE(iommu_->request_page(WithoutPasid(kGpa), 1, true));
+  EXPECT_TRUE(RequestPage(WithoutPasid(kGpa), 1));
   EXPECT_EQ(iommu_->cached().pages, 1);
 }
 
@@ -235,9 +279,7 @@ TEST_F(VtdIommuBindingsTest, RequestsThatTheContextDoesNotTakeAreFaults) {
   Put(kContextAt, kContext & ~uint64_t{0x10});
   Listen();
   listener_.take();
-  const auto asked = iommu_->request_page(Request(kGva), 1, true);
-  ASSERT_FALSE(asked);
-  EXPECT_TRUE(asked.error().is(VtdReason::kNoPageRequests));
+  EXPECT_THAT(RequestPage(Request(kGva), 1), mvgpu::testing::FailsWith(ErrorCode::kInvalid));
   EXPECT_EQ(iommu_->faults().words(0).high >> 32 & 0xff, 0x47);
   EXPECT_THAT(listener_.take(), IsEmpty());
 }

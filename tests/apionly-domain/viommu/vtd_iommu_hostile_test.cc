@@ -93,7 +93,7 @@ TEST_P(VtdIommuHostileTest, TablesAtRandomLeadNowhereElse) {
     for (int i = 0; i < 1500; ++i) {
       const VtdRequest request = SomeRequest();
       const VtdResult result = iommu_->translate(request);
-      if (i % 8 == 0) (void)iommu_->request_page(request, static_cast<uint16_t>(i), true);
+      if (i % 8 == 0) RequestPage(request, static_cast<uint32_t>(i));
       if (!result) {
         ++refused;
         ASSERT_FALSE(VtdReasonName(result.error().reason).empty()) << result.error().ToString();

@@ -244,6 +244,18 @@ TEST_F(VtdIommuFaultsTest, ADeviceThatAskedIsToldAndNothingIsRecorded) {
   EXPECT_EQ(iommu_->faults().words(0).high >> 60, 0xd) << "recorded as a translation request";
 }
 
+TEST_F(VtdIommuFaultsTest, ADeviceIsToldOfAPasidThatIsNotThereYet) {
+  VtdRequest request = Request(kGva);
+  request.kind = VtdRequest::Kind::kTranslation;
+  Put(kEntryAt, 0);
+  ExpectRefused(iommu_->translate(request), 0x59);
+  Put(kDirectoryAt, 0);
+  ExpectRefused(iommu_->translate(request), 0x51);
+  EXPECT_EQ(iommu_->faults().status(), 0);
+  ExpectRefused(iommu_->translate(Request(kGva)), 0x51);
+  EXPECT_EQ(iommu_->faults().status(), FaultLog::kPending);
+}
+
 TEST_F(VtdIommuFaultsTest, AQueueErrorIsInTheStatusAndClearingItGoesOn) {
   Invalidate(0x02);
   EXPECT_EQ(iommu_->faults().status(), FaultLog::kQueueError);

@@ -22,13 +22,14 @@ TEST_F(VtdTranslatorTest, FirstStageAlone) {
   EXPECT_EQ(Walk(kGva, Access::kReadWrite), (VtdTarget{kGpa, kPageSize - 0xabc, kReadWrite}));
   Put(0x40'2d10, 0x1234'0000'00e7);  // 2 MiB
   const uint64_t offset = kGva & (kTwoMiB - 1);
-  EXPECT_EQ(Walk(kGva), (VtdTarget{0x1234'0000'0000 + offset, kTwoMiB - offset, kAllRights}));
+  EXPECT_EQ(Walk(kGva),
+            (VtdTarget{0x1234'0000'0000 + offset, kTwoMiB - offset, kAllRights, kTwoMiB}));
 }
 
 TEST_F(VtdTranslatorTest, SecondStageAlone) {
   PutEntry(kEntryAt, kSecondOnly, 0x42, 0);
   EXPECT_EQ(Walk(kGpa), (VtdTarget{0x10'0567'8abc, kPageSize - 0xabc, kReadWrite}));
-  EXPECT_EQ(Walk(0x40'0008), (VtdTarget{0x10'0040'0008, kTwoMiB - 8, kReadWrite}));
+  EXPECT_EQ(Walk(0x40'0008), (VtdTarget{0x10'0040'0008, kTwoMiB - 8, kReadWrite, kTwoMiB}));
   ExpectRefused(Walk(kGva), 0x79);
   ExpectRefused(Walk(uint64_t{1} << 48), 0x84);
 }
@@ -52,7 +53,7 @@ TEST_F(VtdTranslatorTest, FiveLevelsOfTheFirstStage) {
 
 TEST_F(VtdTranslatorTest, PassThrough) {
   PutEntry(kEntryAt, kPassThrough, 0x42, 0);
-  EXPECT_EQ(Walk(kGpa), (VtdTarget{kGpa, kOneGiB - kGpa, kAllRights}));
+  EXPECT_EQ(Walk(kGpa), (VtdTarget{kGpa, kOneGiB - kGpa, kAllRights, kOneGiB}));
   ExpectTarget(Walk((uint64_t{1} << 46) - 1), (uint64_t{1} << 46) - 1);
   ExpectRefused(Walk(uint64_t{1} << 46), 0x83);
   ExpectRefused(Walk(0xfee0'0000), 0x87);
