@@ -113,9 +113,9 @@ Result<Vgpu::Parts> Vgpu::MakeParts(const VgpuConfig& config) {
   return parts;
 }
 
-void Vgpu::Parts::go_through(std::unique_ptr<domain::AssignedIommu> iommu) {
-  space =
-      std::make_unique<domain::AssignedSpace>(std::move(iommu), domain::AssignedSpace::Options{});
+void Vgpu::Parts::go_through(std::unique_ptr<domain::AssignedIommu> device_iommu) {
+  space = std::make_unique<domain::AssignedSpace>(std::move(device_iommu),
+                                                  domain::AssignedSpace::Options{});
   if (space->holds_memory()) pin_backend = domain::MakeMappingPinBackend(space.get());
   mapper = std::make_unique<dma::IommuMapper>(space.get());
 }

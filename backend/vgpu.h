@@ -80,7 +80,7 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   struct Parts {
     // The device's addresses go through this IOMMU: sets the space and the mapper, and where the
     // IOMMU holds what it maps, the pin back end, for nothing else has to hold it then.
-    void go_through(std::unique_ptr<domain::AssignedIommu> iommu);
+    void go_through(std::unique_ptr<domain::AssignedIommu> device_iommu);
 
     std::unique_ptr<domain::AssignedSpace> space;  // may be null; used by those below
     std::unique_ptr<domain::Container> container;  // what the mapper may ask about mappings
