@@ -13,6 +13,8 @@
 
 #include "backend/cli_options.h"
 #include "backend/replay/player.h"
+#include "backend/scenario/scenario_file.h"
+#include "backend/scenario/scenario_run.h"
 #include "backend/trace/embedded_trace.h"
 #include "backend/trace/trace_json.h"
 #include "backend/trace/trace_reader.h"
@@ -129,7 +131,27 @@ int Fail(ExitCode code, const std::string& message) {
   return static_cast<int>(code);
 }
 
+// A scenario brings its own memory and devices; of the options, only how pages are held is for it.
+int RunScenario(const RunOptions& options) {
+  if (!options.screenshot.empty() || !options.pages.empty() || options.vgpu.dma != DmaMode::kNone) {
+    return Fail(ExitCode::kUsage,
+                fmt::format("{} is a scenario, which takes only --json and --pin", options.trace));
+  }
+  const auto text = scenario::ReadScenario(options.trace);
+  if (!text) return Fail(ExitCode::kFailure, text.error().message());
+  const auto steps = scenario::ParseScenario(options.trace, *text);
+  if (!steps) return Fail(ExitCode::kFailure, steps.error().message());
+  const scenario::Outcome outcome = scenario::RunSteps(*steps, options.vgpu.pin);
+  if (options.as_json) {
+    fmt::print("{}\n", scenario::OutcomeAsJson(options.trace, outcome));
+  } else {
+    scenario::PrintOutcome(options.trace, outcome);
+  }
+  return static_cast<int>(outcome.is_good() ? ExitCode::kOk : ExitCode::kDiffers);
+}
+
 int Run(const RunOptions& options) {
+  if (scenario::IsScenario(options.trace)) return RunScenario(options);
   auto reader = OpenTrace(options.trace);
   if (!reader) return Fail(ExitCode::kFailure, reader.error().message());
   const VgpuConfig& vgpu = options.vgpu;
@@ -226,7 +248,8 @@ int Main(int argc, char** argv) {
   RunOptions run_options;
   CLI::App* run =
       app.add_subcommand("run", "Replay a trace and compare what comes out with what was recorded");
-  run->add_option("TRACE", run_options.trace, "Trace file (default: the built-in one)");
+  run->add_option("TRACE", run_options.trace,
+                  "Trace file (default: the built-in one), or a scenario in text");
   run->add_flag("--json", run_options.as_json, "Print the report as one JSON object");
   run->add_option("--screenshot", run_options.screenshot, "Write the last picture as PNG");
   run->add_option("--pages", run_options.pages, "Write what happened to each guest page as CSV");

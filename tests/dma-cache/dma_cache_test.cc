@@ -7,6 +7,7 @@
 #include <cstring>
 #include <random>
 
+#include "dma-cache/mapped_run_list.h"
 #include "tests/dma-cache/dma_cache_fixture.h"
 
 namespace mvgpu::dma {
@@ -142,20 +143,31 @@ TEST_F(DmaCacheTest, AnotherSizeKeepsTheCountsOfThePage) {
   EXPECT_EQ(mapper_.maps_of_page.at(kTwoMib + 7), 1u);
 }
 
-// KVMGT's numbers: guest frame n is host frame n + 0x80000.
-TEST_F(DmaCacheTest, KvmgtsVectorHasOneAddressAndOnePin) {
-  class Shifting final : public Mapper {
-   public:
-    std::string_view name() const override { return "shifting"; }
-    Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access,
-                     std::vector<MappedRun>* mapped) override {
-      for (const domain::PinnedRun& run : runs) {
-        mapped->push_back({run.iova, DmaAddr(run.iova.start().value() + 0x80000000)});
+// KVMGT's numbers: guest frame n is host frame n + 0x80000; but for one, if it was moved away.
+class ShiftingMapper final : public Mapper {
+ public:
+  explicit ShiftingMapper(uint64_t displaced_page = UINT64_MAX) : displaced_(displaced_page) {}
+  std::string_view name() const override { return "shifting"; }
+  Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access,
+                   std::vector<MappedRun>* mapped) override {
+    MappedRunList list(mapped);
+    for (const domain::PinnedRun& run : runs) {
+      const PageRun pages = run.iova_pages();
+      for (uint64_t page = pages.first; page < pages.end(); ++page) {
+        const uint64_t frame = page == displaced_ ? 0x500000 : page + 0x80000;
+        list.append({RangeOf({page, 1}), DmaAddr(BytesIn(frame))});
       }
-      return {};
     }
-    void unmap(DmaAddr, uint64_t) override {}
-  } shifting;
+    return {};
+  }
+  void unmap(DmaAddr, uint64_t) override {}
+
+ private:
+  const uint64_t displaced_;
+};
+
+TEST_F(DmaCacheTest, KvmgtsVectorHasOneAddressAndOnePin) {
+  ShiftingMapper shifting;
   ASSERT_THAT(MapRam(0x12200, 0, kTwoMib), IsOk());
   DmaCache cache(domain_.get(), &shifting);
   Party party(&cache);
@@ -167,6 +179,35 @@ TEST_F(DmaCacheTest, KvmgtsVectorHasOneAddressAndOnePin) {
     EXPECT_EQ(UniquePins(), 1u);
   }
   EXPECT_EQ(UniquePins(), 0u);
+}
+
+TEST_F(DmaCacheTest, KvmgtsVectorOfAPageInsideALargeOneHasNoPinOfItsOwn) {
+  ShiftingMapper shifting;
+  ASSERT_THAT(MapRam(0x12200, 0, kTwoMib), IsOk());
+  DmaCache cache(domain_.get(), &shifting);
+  Party party(&cache);
+  auto large =
+      party->map_contiguous(MakeRange(BytesIn(0x12200), BytesIn(kTwoMib)), Direction::kToDevice);
+  ASSERT_THAT(large, IsOk());
+  EXPECT_EQ(large->runs().front().address, DmaAddr(0x92200000));
+  auto small = UseBy(party, 0x12345, 1);
+  EXPECT_EQ(small->runs().front().address, DmaAddr(0x92345000));
+  EXPECT_EQ(UniquePins(), 512u);  // KVMGT: 513
+  large->reset();
+  EXPECT_EQ(UniquePins(), 1u);
+}
+
+TEST_F(DmaCacheTest, KvmgtsVectorOfADisplacedFrameIsNotContiguous) {
+  ShiftingMapper shifting(0x12201);
+  ASSERT_THAT(MapRam(0x12200, 0, kTwoMib), IsOk());
+  DmaCache cache(domain_.get(), &shifting);
+  Party party(&cache);
+  auto held = UseBy(party, 0x12345, 1);
+  EXPECT_THAT(
+      party->map_contiguous(MakeRange(BytesIn(0x12200), BytesIn(kTwoMib)), Direction::kToDevice),
+      FailsWith(ErrorCode::kNotContiguous));
+  EXPECT_EQ(UniquePins(), 1u);
+  EXPECT_EQ(cache.counters().cached_pages, 1u);
 }
 
 TEST_F(DmaCacheTest, ScatteredPagesAreNotContiguousAndNothingStays) {
