@@ -18,8 +18,8 @@ struct Reason {
 // The conditions are those that Linux names (drivers/iommu/intel/dmar.c). Recoverable are those
 // that the specification's table of fault conditions answers with "success with R=W=U=S=0" (table
 // 26 of 4.1), as QEMU has it since its patch "intel_iommu: Do not report recoverable faults to
-// host" (2026): entries of PASID directory and table that are not present are among them. QEMU has
-// no codes for 0x75 to 0x79, 0x82, 0x86; these and 0x91 are ours.
+// host" (2026): entries of PASID directory and table that are not present are among them. For
+// 0x71, 0x75 to 0x79, 0x81, 0x82, 0x85, 0x86 and 0x91 no source but the rule itself was at hand.
 constexpr std::array kReasons{
     Reason{0x00, false, "aborted"},
     Reason{0x30, false, "root table address not usable"},
