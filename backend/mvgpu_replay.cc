@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "backend/cli_options.h"
+#include "backend/replay/compare_command.h"
 #include "backend/replay/player.h"
 #include "backend/scenario/scenario_file.h"
 #include "backend/scenario/scenario_run.h"
@@ -236,6 +237,22 @@ int Info(const std::string& path, bool as_json) {
   return 0;
 }
 
+// Exit code 1: some policy could not be played.
+int RunCompare(const CompareOptions& options) {
+  const auto trace = LoadDma(options, [] { return OpenTrace(""); });
+  if (!trace) {
+    const bool is_usage = trace.error().code() == ErrorCode::kInvalid;
+    return Fail(is_usage ? ExitCode::kUsage : ExitCode::kFailure, trace.error().message());
+  }
+  const auto rows = Compare(options, *trace);
+  if (!rows) return Fail(ExitCode::kUsage, rows.error().message());
+  fmt::print("{}", options.as_json ? CompareJson(*trace, *rows, options.pin)
+                                   : CompareTable(*trace, *rows, options.pin));
+  const bool all_played = std::all_of(rows->begin(), rows->end(),
+                                      [](const Compared& row) { return row.figures.has_value(); });
+  return static_cast<int>(all_played ? ExitCode::kOk : ExitCode::kDiffers);
+}
+
 int Main(int argc, char** argv) {
   CLI::App app("Runs recorded guest GPU sessions without a VMM.", "mvgpu-replay");
   app.set_version_flag("--version", MVGPU_VERSION);
@@ -263,12 +280,16 @@ int Main(int argc, char** argv) {
   info->add_option("TRACE", info_trace, "Trace file (default: the built-in one)");
   info->add_flag("--json", info_json, "Print the report as one JSON object");
 
+  CompareOptions compare_options;
+  const CLI::App* compare = AddCompareCommand(app, compare_options);
+
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return app.exit(error);  // --help, --version
     return Fail(ExitCode::kUsage, fmt::format("{}; see --help", error.what()));
   }
+  if (compare->parsed()) return RunCompare(compare_options);
   return run->parsed() ? Run(run_options) : Info(info_trace, info_json);
 }
 

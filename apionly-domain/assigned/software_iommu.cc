@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <utility>
 
 namespace mvgpu::domain {
 
@@ -75,15 +76,27 @@ Result<void> SoftwareIommu::map(IovaRange iova, std::byte* host, Access access) 
   return {};
 }
 
+std::unique_ptr<SoftwareIommu::Table> SoftwareIommu::TakeTable() {
+  ++counters_.tables;
+  if (spare_.empty()) return std::make_unique<Table>();
+  std::unique_ptr<Table> table = std::move(spare_.back());
+  spare_.pop_back();
+  return table;
+}
+
+void SoftwareIommu::GiveTableBack(std::unique_ptr<Table> table) {
+  --counters_.tables;
+  if (spare_.size() < kMostSpareTables) spare_.push_back(std::move(table));
+}
+
 // The entry of a level, free until now; tables on the way are made, and the entry counts as used.
 SoftwareIommu::Entry& SoftwareIommu::EntryFor(Iova iova, unsigned level) {
   Table* table = root_.get();
   for (unsigned at = kTopLevel; at > level; --at) {
     Entry& entry = table->entries[IndexOf(iova, at)];
     if (entry.table == nullptr) {
-      entry.table = std::make_unique<Table>();
+      entry.table = TakeTable();
       ++table->used;
-      ++counters_.tables;
     }
     table = entry.table.get();
   }
@@ -125,8 +138,7 @@ void SoftwareIommu::Clear(Table& table, unsigned level, IovaRange range) {
           *range.intersection(IovaRange::FromFirstAndLast(start, start + (SizeOf(level) - 1)));
       Clear(*entry.table, level - 1, part);
       if (entry.table->used != 0) continue;
-      entry.table.reset();
-      --counters_.tables;
+      GiveTableBack(std::move(entry.table));
     } else {
       MVGPU_CHECK(entry.access != 0);
       entry = Entry();
@@ -138,7 +150,9 @@ void SoftwareIommu::Clear(Table& table, unsigned level, IovaRange range) {
 
 void SoftwareIommu::flush() {
   MutexLock lock(mutex_);
+  if (!is_any_cached_) return;
   cached_.fill(Cached());
+  is_any_cached_ = false;
 }
 
 std::byte* SoftwareIommu::translate(Iova iova, Access access) {
@@ -149,7 +163,10 @@ std::byte* SoftwareIommu::translate(Iova iova, Access access) {
     ++counters_.cached_hits;
   } else {
     found = Walk(iova);
-    if (found.access != 0) cached = found;  // as in hardware: only what is mapped is remembered
+    if (found.access != 0) {  // as in hardware: only what is mapped is remembered
+      cached = found;
+      is_any_cached_ = true;
+    }
   }
   // An access of 0 allows nothing.
   if (!Allows(static_cast<Access>(found.access), access)) {
@@ -177,7 +194,9 @@ SoftwareIommu::Cached SoftwareIommu::Walk(Iova iova) {
 
 SoftwareIommu::Counters SoftwareIommu::counters() const {
   ReaderMutexLock lock(mutex_);
-  return counters_;
+  Counters counters = counters_;
+  counters.spare_tables = spare_.size();
+  return counters;
 }
 
 std::optional<SoftwareIommu::Fault> SoftwareIommu::last_fault() const {

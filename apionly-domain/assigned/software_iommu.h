@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include <absl/container/btree_map.h>
 
@@ -25,7 +26,8 @@ class SoftwareIommu final : public AssignedIommu {
   struct Counters {
     uint64_t mappings = 0;
     std::array<uint64_t, 3> pages{};  // mapped with 4 KiB, 2 MiB and 1 GiB
-    uint64_t tables = 0;              // without the first
+    uint64_t tables = 0;              // in use, without the first
+    uint64_t spare_tables = 0;        // empty ones, kept for the next that is needed
     uint64_t cached_hits = 0;         // translations that the cache knew
     uint64_t walks = 0;
     uint64_t faults = 0;
@@ -57,6 +59,9 @@ class SoftwareIommu final : public AssignedIommu {
 
  private:
   static constexpr size_t kCachedTranslations = 256;
+  // Enough for a few lone pages that come and go: three tables each, of 12 KiB. To make and to
+  // clear them anew costs more than all else of a map.
+  static constexpr size_t kMostSpareTables = 16;
   struct Table;
   // A leaf, with `access` and the host memory that it shows, or a table below.
   struct Entry {
@@ -71,6 +76,9 @@ class SoftwareIommu final : public AssignedIommu {
     uint8_t access = 0;
   };
 
+  std::unique_ptr<Table> TakeTable() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // REQUIRES: it is empty.
+  void GiveTableBack(std::unique_ptr<Table> table) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Entry& EntryFor(Iova iova, unsigned level) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Clear(Table& table, unsigned level, IovaRange range) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Cached Walk(Iova iova) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -78,8 +86,10 @@ class SoftwareIommu final : public AssignedIommu {
   const std::array<IovaRange, 2> usable_;
   mutable Mutex mutex_;
   const std::unique_ptr<Table> root_ ABSL_PT_GUARDED_BY(mutex_);
+  std::vector<std::unique_ptr<Table>> spare_ ABSL_GUARDED_BY(mutex_);      // empty
   absl::btree_map<uint64_t, IovaRange> mappings_ ABSL_GUARDED_BY(mutex_);  // by first page
   std::array<Cached, kCachedTranslations> cached_ ABSL_GUARDED_BY(mutex_);
+  bool is_any_cached_ ABSL_GUARDED_BY(mutex_) = false;  // since the last flush
   Counters counters_ ABSL_GUARDED_BY(mutex_);
   std::optional<Fault> last_fault_ ABSL_GUARDED_BY(mutex_);
 };

@@ -30,6 +30,11 @@ void ForEachRun(const std::bitset<kSize>& bits, Visit visit) {
   }
 }
 
+template <size_t kSize>
+std::bitset<kSize> BitsFrom(size_t first, size_t count) {
+  return ~std::bitset<kSize>() >> (kSize - count) << first;
+}
+
 }  // namespace
 
 class FaultingDomain::BlockHold {
@@ -196,17 +201,19 @@ PageRun FaultingDomain::WindowLocked(const Block& block, uint64_t page, const Pl
 }
 
 Result<void> FaultingDomain::PinAndMapLocked(Block& block, PageRun pages, Access access) {
-  const auto start = FaultClock::now();
+  const bool is_timed = parts_.times != nullptr;
+  const auto now = [&] { return is_timed ? FaultClock::now() : FaultClock::time_point(); };
+  const auto start = now();
   MVGPU_ASSIGN_OR_RETURN(PinnedRange pinned, context_->pin(RangeOf(pages), access));
-  const auto pinned_at = FaultClock::now();
+  const auto pinned_at = now();
   MVGPU_RETURN_IF_ERROR(ShowRuns(pinned.runs(), access));
   MVGPU_CHECK(pinned.keep() == kForm);
-  for (uint64_t page = pages.first; page < pages.end(); ++page) {
-    block.mapped[page % kBlockPages] = true;
-    block.for_write[page % kBlockPages] = Allows(access, Access::kWrite);
-    block.used[page % kBlockPages] = false;
-  }
-  if (parts_.times != nullptr) {
+  const Bits fresh = BitsFrom<kBlockPages>(pages.first % kBlockPages, pages.count);
+  block.mapped |= fresh;
+  block.for_write =
+      Allows(access, Access::kWrite) ? block.for_write | fresh : block.for_write & ~fresh;
+  block.used &= ~fresh;
+  if (is_timed) {
     parts_.times->add(FaultStep::kPin, pinned_at - start);
     parts_.times->add(FaultStep::kMap, FaultClock::now() - pinned_at);
   }
@@ -247,18 +254,17 @@ uint64_t FaultingDomain::TakeOutLocked(Block& block, Bits pages) {
 uint64_t FaultingDomain::TakeOutRange(IovaRange range) {
   const PageRun pages = PagesOf(range);
   uint64_t gone = 0;
-  for (uint64_t from = pages.first - pages.first % kBlockPages;; from += kBlockPages) {
+  for (uint64_t from = pages.first - pages.first % kBlockPages; from < pages.end();) {
     const BlockHold hold = HoldNextBlock(from);
-    if (!hold || hold.get()->first_page >= pages.end()) return gone;
+    if (!hold || hold.get()->first_page >= pages.end()) break;
     Block& block = *hold.get();
-    from = block.first_page;
-    Bits going;
-    for (size_t index = 0; index < kBlockPages; ++index) {
-      going[index] = pages.contains(from + index);
-    }
+    const uint64_t first = std::max(pages.first, block.first_page);
+    from = block.first_page + kBlockPages;
+    const uint64_t count = std::min(pages.end(), from) - first;
     MutexLock lock(block.mutex);
-    gone += TakeOutLocked(block, going);
+    gone += TakeOutLocked(block, BitsFrom<kBlockPages>(first - block.first_page, count));
   }
+  return gone;
 }
 
 uint64_t FaultingDomain::SweepLocked(Block& block, uint64_t* index, uint64_t wanted, bool any) {

@@ -2,6 +2,7 @@
 // trace that is built in.
 
 #include <sys/stat.h>
+#include <sys/sysinfo.h>
 
 #include <filesystem>
 #include <sstream>
@@ -320,6 +321,43 @@ TEST_F(ReplayCommandLineTest, NestedJsonInATraceIsRefusedNotPrinted) {
   const Ran info = RunReplay({"info", "--json", path});
   EXPECT_EQ(info.exit_code, 0) << info.err;
   EXPECT_EQ(info.report()["summary"], nullptr);
+}
+
+// Policies side by side.
+TEST(ReplayCompareTest, ShowsThePoliciesThatAreAskedFor) {
+  const Ran text = RunReplay({"compare", "--policy=static,mvgpu"});
+  EXPECT_EQ(text.exit_code, 0) << text.err;
+  EXPECT_THAT(text.out, HasSubstr("\n  static           512.0  100.00%    512.0         0 "));
+  EXPECT_THAT(text.out, HasSubstr("\n  mvgpu  "));
+  EXPECT_THAT(text.out, ::testing::Not(HasSubstr("coiommu")));
+  const Ran all = RunReplay({"compare", MVGPU_TRACE, "--json"});
+  EXPECT_EQ(all.exit_code, 0) << all.err;
+  ASSERT_TRUE(all.report().is_object()) << all.out;
+  EXPECT_EQ(all.report()["policies"].size(), 8u);
+  for (const json& policy : all.report()["policies"]) EXPECT_EQ(policy["ok"], true) << policy;
+}
+
+TEST(ReplayCompareTest, APolicyThatCannotBePlayedIsARowAndAnExitCode) {
+  struct sysinfo host {};
+  ASSERT_EQ(sysinfo(&host), 0);
+  if (uint64_t{host.freeram} * host.mem_unit >> 30 >= 250) GTEST_SKIP() << "too large a host";
+  const Ran ran = RunReplay({"compare", "--workload=published", "--memory=250G", "--pin=mlock",
+                             "--policy=static", "--json"});
+  EXPECT_EQ(ran.exit_code, 1) << ran.err;
+  ASSERT_TRUE(ran.report().is_object()) << ran.out;
+  EXPECT_EQ(ran.report()["policies"][0]["ok"], false);
+}
+
+TEST(ReplayCompareTest, MistakesAreOneLineEach) {
+  EXPECT_THAT(ExpectFails({"compare", "--policy=static,best"}, 2),
+              HasSubstr("no policy is called 'best', choose of: static, map-unmap"));
+  EXPECT_THAT(ExpectFails({"compare", "/nowhere"}, 3), HasSubstr("/nowhere"));
+  EXPECT_THAT(ExpectFails({"compare", "/etc/passwd"}, 2), HasSubstr("no dma event"));
+  EXPECT_THAT(ExpectFails({"compare", "/dev/zero"}, 3), HasSubstr("line 1"));
+  ExpectFails({"compare", MVGPU_TRACE, "--memory=8G"}, 2);
+  ExpectFails({"compare", MVGPU_TRACE, "--workload=published"}, 2);
+  ExpectFails({"compare", "--workload=mine"}, 2);
+  ExpectFails({"compare", "--workload=published", "--memory=-1"}, 2);
 }
 
 }  // namespace

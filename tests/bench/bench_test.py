@@ -43,7 +43,10 @@ CACHE = {
 }
 SEEDS = {
     "refresh, ": 4,
-    "fault ": 2,
+    "fault to ": 2,
+    "maps that tell nobody, ": 2,
+    "peak pinned, ": 1,
+    "notifications, ": 1,
 }
 # Where a process may not use io_uring, or has no Vulkan device, the row says so instead of figures.
 MAY_FAIL = re.compile("io-uring|vulkan")
@@ -114,6 +117,15 @@ class TheCacheTable(TableChecks, unittest.TestCase):
 class TheSeedsTable(TableChecks, unittest.TestCase):
     table = "seeds"
     topics = SEEDS
+
+    def test_a_fault_is_shown_step_by_step(self):
+        steps = [row for row in self.report["rows"] if row["name"].startswith("step of a fault: ")]
+        self.assertEqual([row["name"].split(": ")[1].split(",")[0] for row in steps],
+                         ["report", "queue", "pin", "map", "resume"])
+        for row in steps:
+            if "failure" not in row:
+                self.assertEqual(row["unit"], "ns")
+                self.assertGreater(row["median"], 0)
 
 
 class TheCommandLine(unittest.TestCase):

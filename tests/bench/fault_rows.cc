@@ -8,6 +8,9 @@
 
 #include "apionly-domain/assigned/device_target.h"
 #include "apionly-domain/assigned/software_iommu.h"
+#include "apionly-domain/faults/fault_queue.h"
+#include "apionly-domain/faults/fault_router.h"
+#include "apionly-domain/faults/fault_times.h"
 #include "apionly-domain/faults/faulting_domain.h"
 #include "tests/bench/baselines/bare_calls.h"
 #include "tests/bench/bench_guest.h"
@@ -82,6 +85,71 @@ Result<Comparison> AgainstThePin(const Settings& settings, uint64_t around) {
                     })};
 }
 
+// The whole way of a fault, in one thread: a device raises it, a handler takes it off a queue,
+// pins, maps, answers; what came is given back.
+class SteppedFaults final : private domain::FaultSource {
+ public:
+  SteppedFaults(const Settings& settings, std::unique_ptr<domain::PinBackend> backend)
+      : guest_(Layout::OneMapping(settings.memory), std::move(backend)),
+        space_(std::make_unique<domain::SoftwareIommu>(), {}),
+        target_(&space_),
+        faulting_({}, {&guest_.domain(), &target_, &times_}),
+        queue_(*domain::FaultQueue::Create({}, &times_)),
+        router_({queue_.get(), &faulting_, nullptr, nullptr}) {
+    MVGPU_CHECK(guest_.container().attach(&faulting_).has_value());
+    for (const Iova page : guest_.pages().random(settings.work(4096), /*seed=*/1)) {
+      if (page >= Iova(0xfee0'0000) && page < Iova(0xfef0'0000)) continue;  // no memory on a PC
+      guest_.touch(page, 1);
+      Fault(page);
+    }
+  }
+  ~SteppedFaults() override {
+    queue_->close();
+    MVGPU_CHECK(guest_.container().detach(&faulting_).has_value());
+  }
+
+  double mean_ns(domain::FaultStep step) const {
+    const domain::FaultTimes::Figures figures = times_.of(step);
+    return static_cast<double>(figures.total_ns) / static_cast<double>(figures.count);
+  }
+
+ private:
+  void Fault(Iova page) {
+    domain::FaultGroup group;
+    group.requests = {{domain::kFaultRead | domain::kFaultWrite, page.value()}};
+    MVGPU_CHECK(queue_->submit(std::move(group), this).has_value() && router_.handle_one());
+    MVGPU_CHECK(faulting_.invalidate(RangeOf({page.page(), 1})) == 1);
+  }
+  void on_answer(const domain::FaultGroup&, domain::FaultAnswer answer) override {
+    MVGPU_CHECK(answer == domain::FaultAnswer::kSuccess);
+  }
+
+  Guest guest_;
+  domain::AssignedSpace space_;
+  domain::SpaceTarget target_;
+  domain::FaultTimes times_;
+  domain::FaultingDomain faulting_;
+  const std::unique_ptr<domain::FaultQueue> queue_;
+  domain::FaultRouter router_;
+};
+
+void MeasureSteps(Table* table) {
+  using domain::FaultStep;
+  std::unique_ptr<SteppedFaults> stepped;
+  for (const FaultStep step : {FaultStep::kReport, FaultStep::kQueue, FaultStep::kPin,
+                               FaultStep::kMap, FaultStep::kResume}) {
+    table->measure(fmt::format("step of a fault: {}, 1 page, io-uring", FaultStepName(step)), "ns",
+                   "mean, by the clock on the wall", {}, [&]() -> Result<double> {
+                     if (stepped == nullptr) {
+                       MVGPU_ASSIGN_OR_RETURN(auto backend, domain::MakeIoUringPinBackend());
+                       stepped =
+                           std::make_unique<SteppedFaults>(table->settings(), std::move(backend));
+                     }
+                     return stepped->mean_ns(step);
+                   });
+  }
+}
+
 }  // namespace
 
 void MeasureFaults(Table* table) {
@@ -91,6 +159,7 @@ void MeasureFaults(Table* table) {
                    "the two calls that register a buffer and drop it", Target::AtMost(1.5),
                    [&] { return AgainstThePin(settings, around); });
   }
+  MeasureSteps(table);
 }
 
 }  // namespace mvgpu::bench

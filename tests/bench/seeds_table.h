@@ -10,12 +10,15 @@ void MeasureNested(Table* table);  // nested_rows.cc
 void MeasureVirtualIommus(Table* table);  // viommu_rows.cc
 // What a fault of a device costs where memory is mapped on demand.
 void MeasureFaults(Table* table);  // fault_rows.cc
+// How much is pinned, and how often the guest is interrupted for it.
+void MeasurePolicies(Table* table);  // policy_rows.cc
 
 // All of them: --table=seeds.
 inline void MeasureSeeds(Table* table) {
   MeasureNested(table);
   MeasureVirtualIommus(table);
   MeasureFaults(table);
+  MeasurePolicies(table);
 }
 
 }  // namespace mvgpu::bench

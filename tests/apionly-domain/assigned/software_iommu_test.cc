@@ -71,6 +71,48 @@ TEST(SoftwareIommuTest, AStaleTranslationHidesANewMapping) {
   EXPECT_EQ(iommu.translate(Iova(0x10000), Access::kRead), Host(0x900000));
 }
 
+TEST(SoftwareIommuTest, EveryFlushForgetsWhatWasRememberedSinceTheOneBefore) {
+  SoftwareIommu iommu;
+  const IovaRange range = MakeRange(0x10000, 0x1000);
+  for (uint64_t host = 0x700000; host < 0x703000; host += 0x1000) {
+    ASSERT_THAT(iommu.map(range, Host(host), Access::kReadWrite), IsOk());
+    EXPECT_EQ(iommu.translate(Iova(0x10000), Access::kRead), Host(host));
+    ASSERT_THAT(iommu.unmap(range), IsOk());
+    iommu.flush();
+    EXPECT_EQ(iommu.translate(Iova(0x10000), Access::kRead), nullptr);
+    iommu.flush();
+  }
+}
+
+TEST(SoftwareIommuTest, EmptyTablesAreKeptForTheNextMappingsButNotMany) {
+  SoftwareIommu iommu;
+  const IovaRange near = MakeRange(0x10000, 0x1000);
+  ASSERT_THAT(iommu.map(near, Host(0x700000), Access::kReadWrite), IsOk());
+  EXPECT_EQ(iommu.counters().tables, 3u);
+  EXPECT_EQ(iommu.counters().spare_tables, 0u);
+  ASSERT_THAT(iommu.unmap(near), IsOk());
+  EXPECT_EQ(iommu.counters().tables, 0u);
+  EXPECT_EQ(iommu.counters().spare_tables, 3u);
+  // A table that was used shows nothing of that elsewhere.
+  const IovaRange far = MakeRange(0x12'3456'7000, 0x1000);
+  ASSERT_THAT(iommu.map(far, Host(0x900000), Access::kReadWrite), IsOk());
+  EXPECT_EQ(iommu.counters().tables, 3u);
+  EXPECT_EQ(iommu.counters().spare_tables, 0u);
+  EXPECT_EQ(iommu.translate(Iova(0x12'3451'0000), Access::kRead), nullptr);
+  EXPECT_EQ(iommu.translate(far.start(), Access::kRead), Host(0x900000));
+  ASSERT_THAT(iommu.unmap(far), IsOk());
+  // Sixty pages far from each other.
+  for (uint64_t i = 0; i < 60; ++i) {
+    ASSERT_THAT(iommu.map(MakeRange(i * kGiB, 0x1000), Host(0x700000), Access::kReadWrite), IsOk());
+  }
+  EXPECT_EQ(iommu.counters().tables, 121u);
+  for (uint64_t i = 0; i < 60; ++i) {
+    ASSERT_THAT(iommu.unmap(MakeRange(i * kGiB, 0x1000)), IsOk());
+  }
+  EXPECT_EQ(iommu.counters().tables, 0u);
+  EXPECT_EQ(iommu.counters().spare_tables, 16u);
+}
+
 TEST(SoftwareIommuTest, UsesTheLargestPagesThatFit) {
   SoftwareIommu iommu;
   // 4 KiB short of 1 GiB, 1 GiB, then 2 MiB and 4 KiB, congruent in IOVA and host.

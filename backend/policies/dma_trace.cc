@@ -1,0 +1,162 @@
+#include "backend/policies/dma_trace.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+
+namespace mvgpu::backend {
+
+namespace {
+
+constexpr uint64_t kGiB = uint64_t{1} << 30;
+constexpr uint64_t kLowEnd = 3 * kGiB;  // of RAM below the hole for devices
+constexpr uint64_t kHighStart = 4 * kGiB;
+
+// In order, without overlaps; what touches becomes one.
+std::vector<IovaRange> Union(std::vector<IovaRange> ranges) {
+  std::sort(ranges.begin(), ranges.end(),
+            [](const IovaRange& a, const IovaRange& b) { return a.start() < b.start(); });
+  std::vector<IovaRange> joined;
+  for (const IovaRange& range : ranges) {
+    if (joined.empty() || range.start().value() > joined.back().last().value() + 1) {
+      joined.push_back(range);
+    } else if (range.last() > joined.back().last()) {
+      joined.back() = IovaRange::FromFirstAndLast(joined.back().start(), range.last());
+    }
+  }
+  return joined;
+}
+
+}  // namespace
+
+uint64_t DmaBuffer::pages() const {
+  uint64_t pages = 0;
+  for (const PageRun& part : parts) pages += part.count;
+  return pages;
+}
+
+std::vector<PageRun> DmaBuffer::slice(uint64_t first, uint64_t count) const {
+  std::vector<PageRun> found;
+  uint64_t at = 0;  // of the part, in the buffer
+  for (const PageRun& part : parts) {
+    const uint64_t from = std::max(first, at);
+    const uint64_t end = std::min(first + count, at + part.count);
+    if (from < end) found.push_back({part.first + (from - at), end - from});
+    at += part.count;
+  }
+  return found;
+}
+
+uint64_t DmaTrace::memory_pages() const {
+  uint64_t pages = 0;
+  for (const IovaRange& range : memory) pages += PagesIn(range.size());
+  return pages;
+}
+
+Result<uint32_t> DmaTraceBuilder::add_buffer(std::span<const IovaRange> ranges,
+                                             dma::Direction direction) {
+  if (ranges.empty() || trace_.buffers.size() >= kMaxEvents) {
+    return Fail(ErrorCode::kInvalid, "a dma buffer without memory, or too many of them");
+  }
+  DmaBuffer buffer{{}, direction};
+  for (const IovaRange& range : ranges) {
+    if (range.last().value() >= kMaxMemoryBytes) {
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("dma at guest-physical {:#x}-{:#x}: there may be memory below {:#x}",
+                              range.start().value(), range.last().value(), kMaxMemoryBytes));
+    }
+    buffer.parts.push_back(PagesOf(range));
+    end_ = std::max(end_, range.page_expanded().last().value() + 1);
+  }
+  trace_.buffers.push_back(std::move(buffer));
+  mapped_.push_back(false);
+  return static_cast<uint32_t>(trace_.buffers.size() - 1);
+}
+
+Result<void> DmaTraceBuilder::Append(DmaEvent event) {
+  if (trace_.events.size() >= kMaxEvents) {
+    return Fail(ErrorCode::kLimit,
+                fmt::format("{}: more than {} events of dma, cut the trace into shorter ones",
+                            trace_.name, kMaxEvents));
+  }
+  if (!trace_.events.empty()) event.time_ns = std::max(event.time_ns, trace_.events.back().time_ns);
+  if (event.time_ns > kMaxDurationNs) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("{}: longer than {} hours, cut the trace into shorter ones",
+                            trace_.name, kMaxDurationNs / 3'600'000'000'000));
+  }
+  trace_.events.push_back(event);
+  return {};
+}
+
+Result<void> DmaTraceBuilder::map(uint64_t time_ns, uint32_t buffer) {
+  if (mapped_[buffer]) return Fail(ErrorCode::kInvalid, "a dma buffer is mapped twice");
+  MVGPU_RETURN_IF_ERROR(Append({time_ns, DmaEvent::Kind::kMap, buffer}));
+  mapped_[buffer] = true;
+  return {};
+}
+
+Result<void> DmaTraceBuilder::unmap(uint64_t time_ns, uint32_t buffer) {
+  if (!mapped_[buffer]) return Fail(ErrorCode::kInvalid, "a dma buffer is unmapped twice");
+  MVGPU_RETURN_IF_ERROR(Append({time_ns, DmaEvent::Kind::kUnmap, buffer}));
+  mapped_[buffer] = false;
+  return {};
+}
+
+Result<void> DmaTraceBuilder::access(uint64_t time_ns, uint32_t buffer, uint64_t first,
+                                     uint64_t count) {
+  const auto end = CheckedAdd(first, count);
+  if (!mapped_[buffer] || count == 0 || !end || *end > trace_.buffers[buffer].pages()) {
+    return Fail(
+        ErrorCode::kInvalid,
+        fmt::format("a device touches pages {}+{} of a dma buffer that has {} and is {}mapped",
+                    first, count, trace_.buffers[buffer].pages(), mapped_[buffer] ? "" : "not "));
+  }
+  return Append({time_ns, DmaEvent::Kind::kAccess, buffer, first, count});
+}
+
+Result<void> DmaTraceBuilder::CheckBuffers() const {
+  for (const DmaBuffer& buffer : trace_.buffers) {
+    for (const PageRun& part : buffer.parts) {
+      const IovaRange range = RangeOf(part);
+      const bool is_inside =
+          std::any_of(trace_.memory.begin(), trace_.memory.end(),
+                      [&](const IovaRange& memory) { return memory.contains(range); });
+      if (is_inside) continue;
+      return Fail(ErrorCode::kInvalid,
+                  fmt::format("{}: dma at guest-physical {:#x}-{:#x}, which is not in the guest's "
+                              "{} MiB of memory; give more with --memory",
+                              trace_.name, range.start().value(), range.last().value(),
+                              BytesIn(trace_.memory_pages()) >> 20));
+    }
+  }
+  return {};
+}
+
+Result<DmaTrace> DmaTraceBuilder::build() && {
+  trace_.memory = Union(std::move(memory_));
+  if (trace_.memory.empty()) {
+    return Fail(ErrorCode::kInvalid, trace_.name + ": the guest has no memory");
+  }
+  if (trace_.memory.back().last().value() >= kMaxMemoryBytes) {
+    return Fail(ErrorCode::kInvalid,
+                fmt::format("{}: the guest's memory ends at {:#x}, it may end at {:#x}",
+                            trace_.name, trace_.memory.back().last().value(), kMaxMemoryBytes));
+  }
+  MVGPU_RETURN_IF_ERROR(CheckBuffers());
+  return std::move(trace_);
+}
+
+std::vector<IovaRange> PcMemory(uint64_t size) {
+  std::vector<IovaRange> memory;
+  const uint64_t low = std::min(size, kLowEnd);
+  if (const auto range = IovaRange::FromStartAndSize(Iova(0), low)) memory.push_back(*range);
+  if (const auto range = IovaRange::FromStartAndSize(Iova(kHighStart), size - low)) {
+    memory.push_back(*range);
+  }
+  return memory;
+}
+
+}  // namespace mvgpu::backend
