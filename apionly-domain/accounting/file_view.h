@@ -25,6 +25,34 @@ struct FileView {
   LedgerSegment payers;               // without chunks where the file has none
   std::vector<Neighbour> neighbours;  // ascending, without ours
 
+  // The words of one chunk: changes that follow each other mostly stay in it. A chunk that is there
+  // stays as long as the layout does; one that a neighbour lacks may come at any time.
+  struct Window {
+    uint64_t chunk = UINT64_MAX;  // which; that value: none
+    uint64_t* mine = nullptr;
+    unsigned neighbours = 0;  // that have this chunk, ascending:
+    const uint64_t* words[ledger_format::kMaxRows] = {};
+    uint8_t rows[ledger_format::kMaxRows] = {};
+  };
+  Window window;
+
+  // False where we do not have the chunk.
+  bool move_window(uint64_t chunk) {
+    if (window.chunk == chunk) return true;
+    window.chunk = UINT64_MAX;
+    window.mine = mine.words(chunk);
+    if (window.mine == nullptr) return false;
+    window.neighbours = 0;
+    for (const Neighbour& neighbour : neighbours) {
+      const uint64_t* words = neighbour.segment.words(chunk);
+      if (words == nullptr) continue;
+      window.words[window.neighbours] = words;
+      window.rows[window.neighbours++] = static_cast<uint8_t>(neighbour.row);
+    }
+    // To be looked up again otherwise.
+    if (window.neighbours == neighbours.size()) window.chunk = chunk;
+    return true;
+  }
   // The row's bits of this page will be needed soon.
   void prefetch(uint64_t page) const {
     if (page / 8 < mine.chunks * ledger_format::kChunkBytes) {

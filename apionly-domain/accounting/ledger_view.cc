@@ -115,6 +115,11 @@ Result<void> Reader::ReadBounds() {
   for (LedgerSnapshot::Row& row : snapshot_.rows) {
     const RowRecord& before = records_[row.index];
     const RowRecord& after = now[row.index];
+    // Without a token it is being dropped, maybe by one that died of it: its bits go uncounted.
+    if (before.token == 0 || before.token != after.token) {
+      rows_in_motion_ = true;
+      continue;
+    }
     if (before.changes == after.changes && before.changes % 2 == 0) {
       row.least_unique_pages = before.held_pages - before.released_pages;
       row.most_unique_pages = row.least_unique_pages;
@@ -122,7 +127,7 @@ Result<void> Reader::ReadBounds() {
     }
     const bool is_at_rest = before.changes == after.changes && row.liveness == Liveness::kDead;
     rows_in_motion_ |= !is_at_rest;
-    if (before.changes % 2 != 0 || before.token != after.token) continue;
+    if (before.changes % 2 != 0) continue;
     row.most_unique_pages = after.held_pages - before.released_pages;
     row.least_unique_pages = before.held_pages - std::min(before.held_pages, after.released_pages);
   }

@@ -26,26 +26,44 @@ namespace {
 constexpr int kAttempts = 1000;
 
 // Bits [first, first + count) of a word. REQUIRES: first + count <= 64, count > 0.
-uint64_t BitRange(uint64_t first, uint64_t count) {
-  return (count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1) << first;
+uint64_t BitRange(uint64_t first, uint64_t count) { return ~uint64_t{0} >> (64 - count) << first; }
+
+// Release: whoever sees our bits also sees that they were counted, and how their payers are named.
+void StoreBits(uint64_t& word, uint64_t bits) {
+  std::atomic_ref<uint64_t>(word).store(bits, std::memory_order_release);
 }
 
-// CountPages(), quicker for what it mostly is: one page, or all.
-uint64_t CountRun(uint64_t bits) {
-  if ((bits & (bits - 1)) == 0) return 1;
-  return bits == ~uint64_t{0} ? kPagesPerWord : CountPages(bits);
-}
-
-// A part of a run that lies in one word of a chunk.
+// The first part of a run that lies in one word of a chunk.
 struct Part {
   explicit Part(PageRun pages)
       : in_chunk(pages.first / kPagesPerWord % kWordsPerChunk),
         count(std::min(kPagesPerWord - pages.first % kPagesPerWord, pages.count)),
         bits(BitRange(pages.first % kPagesPerWord, count)) {}
 
+  // CountPages() of some of the bits, quicker for what it mostly is: all of them.
+  uint64_t count_of(uint64_t some) const { return some == bits ? count : CountPages(some); }
+
   const uint64_t in_chunk;
   const uint64_t count;
   const uint64_t bits;
+};
+
+// What most changes are about: pages of one word of a chunk, or of two beside each other.
+struct ShortRun {
+  static bool is_short(PageRun pages) {
+    return pages.count - 1 < kPagesPerWord &&
+           pages.first % kPagesPerHoldChunk <= kPagesPerHoldChunk - pages.count;
+  }
+  // REQUIRES: is_short(pages).
+  explicit ShortRun(PageRun pages)
+      : in_chunk(pages.first / kPagesPerWord % kWordsPerChunk),
+        bits(BitRange(0, pages.count) << pages.first % kPagesPerWord),
+        // Two shifts: one by 64 would be undefined.
+        next_bits(BitRange(0, pages.count) >> 1 >> (~pages.first % kPagesPerWord)) {}
+
+  const uint64_t in_chunk;
+  const uint64_t bits;
+  const uint64_t next_bits;  // of the word behind; mostly none
 };
 
 }  // namespace
@@ -53,18 +71,16 @@ struct Part {
 // What others have of one word of the mapped ledger, as word_protocol.h wants it.
 class RowHolds::Sharing {
  public:
-  Sharing(const FileView& view, uint64_t chunk) : view_(view), chunk_(chunk) {
-    if (!view.neighbours.empty()) FindNeighbours();
-  }
-  void move_to(uint64_t in_chunk) { in_chunk_ = in_chunk; }
+  Sharing(const FileView& view, uint64_t page, uint64_t in_chunk)
+      : view_(view), page_(page / kPagesPerWord * kPagesPerWord), in_chunk_(in_chunk) {}
 
-  unsigned neighbours() const { return count_; }
-  unsigned row_of(unsigned i) const { return rows_[i]; }
-  uint64_t load_neighbour(unsigned i) const { return LoadWord(words_[i][in_chunk_]); }
+  unsigned neighbours() const { return view_.window.neighbours; }
+  unsigned row_of(unsigned i) const { return view_.window.rows[i]; }
+  uint64_t load_neighbour(unsigned i) const { return LoadWord(view_.window.words[i][in_chunk_]); }
   bool has_payer_bytes() {
-    const uint64_t page = (chunk_ * kWordsPerChunk + in_chunk_) * kPagesPerWord;
-    std::byte* chunk = view_.payers.chunk(page / kPagesPerPayerChunk);
-    payers_ = chunk == nullptr ? nullptr : chunk + page % kPagesPerPayerChunk;
+    if (view_.payers.chunks == 0) return false;
+    std::byte* chunk = view_.payers.chunk(page_ / kPagesPerPayerChunk);
+    payers_ = chunk == nullptr ? nullptr : chunk + page_ % kPagesPerPayerChunk;
     return chunk != nullptr;
   }
   // REQUIRES of these: has_payer_bytes() said so.
@@ -76,82 +92,134 @@ class RowHolds::Sharing {
 
  private:
   uint64_t* octets() const { return reinterpret_cast<uint64_t*>(payers_); }
-  void FindNeighbours() {
-    for (const FileView::Neighbour& neighbour : view_.neighbours) {
-      words_[count_] = neighbour.segment.words(chunk_);
-      rows_[count_] = static_cast<uint8_t>(neighbour.row);
-      if (words_[count_] != nullptr) ++count_;
-    }
-  }
 
   const FileView& view_;
-  const uint64_t chunk_;
-  uint64_t in_chunk_ = 0;
+  const uint64_t page_;
+  const uint64_t in_chunk_;
   std::byte* payers_ = nullptr;
-  unsigned count_ = 0;
-  const uint64_t* words_[kMaxRows];  // of those that have this chunk
-  uint8_t rows_[kMaxRows];
 };
 
 // One word of the mapped ledger.
 struct RowHolds::Word {
   uint64_t load_mine() const { return LoadWord(*mine); }
-  // Release: whoever sees our bits also sees that they were counted, and how their payers are
-  // named.
-  void store_mine(uint64_t bits) {
-    std::atomic_ref<uint64_t>(*mine).store(bits, std::memory_order_release);
-  }
+  void store_mine(uint64_t bits) { StoreBits(*mine, bits); }
   void count_held(uint64_t bits) {
-    row.held_pages_ += CountRun(bits);
+    row.held_pages_ += part.count_of(bits);
     StoreWord(row.record_.held_pages, row.held_pages_);
   }
   void count_released(uint64_t bits) {
-    row.released_pages_ += CountRun(bits);
+    row.released_pages_ += part.count_of(bits);
     StoreWord(row.record_.released_pages, row.released_pages_);
   }
-  bool has_neighbours() const { return others->neighbours() != 0; }
-  Sharing& sharing() const {
-    others->move_to(static_cast<uint64_t>(mine - chunk));
-    return *others;
-  }
+  bool has_neighbours() const { return view.window.neighbours != 0; }
+  Sharing sharing() const { return {view, page, part.in_chunk}; }
 
   RowHolds& row;
-  Sharing* others;  // null: only to release
-  uint64_t* chunk;
+  const FileView& view;
+  const uint64_t page;
+  const Part& part;
   uint64_t* mine;
 };
 
-[[gnu::always_inline]] inline uint64_t RowHolds::HoldBy(const FileView& view, PageRun pages) {
+uint64_t RowHolds::HoldBy(FileView& view, PageRun pages) {
   while (pages.count != 0) {
-    const uint64_t chunk = pages.first / kPagesPerHoldChunk;
-    uint64_t* words = view.mine.words(chunk);
-    if (words == nullptr) break;
-    Sharing sharing(view, chunk);
-    const uint64_t in_chunk =
-        std::min(pages.count, kPagesPerHoldChunk - pages.first % kPagesPerHoldChunk);
-    for (const uint64_t end = pages.first + in_chunk; pages.first != end;) {
+    if (!view.move_window(pages.first / kPagesPerHoldChunk)) break;
+    do {
       const Part part(pages);
-      Word word{*this, &sharing, words, words + part.in_chunk};
+      Word word{*this, view, pages.first, part, view.window.mine + part.in_chunk};
       if (!HoldWord(word, id_.index, part.bits)) return pages.first;
       pages = {pages.first + part.count, pages.count - part.count};
-    }
+    } while (pages.count != 0 && pages.first % kPagesPerHoldChunk != 0);
   }
   return pages.first;
 }
 
-[[gnu::always_inline]] inline uint64_t RowHolds::ReleaseBy(const FileView& view, PageRun pages) {
+uint64_t RowHolds::ReleaseBy(const FileView& view, PageRun pages) {
   for (uint64_t* words = nullptr; pages.count != 0;) {
     if (words == nullptr || pages.first % kPagesPerHoldChunk == 0) {
       words = view.mine.words(pages.first / kPagesPerHoldChunk);
     }
     const Part part(pages);
     if (words != nullptr) {
-      Word word{*this, nullptr, words, words + part.in_chunk};
+      Word word{*this, view, pages.first, part, words + part.in_chunk};
       ReleaseWord(word, part.bits);
     }
     pages = {pages.first + part.count, pages.count - part.count};
   }
   return pages.first;
+}
+
+// One word or two of the view's window, for a run of so many pages in all.
+struct RowHolds::Words {
+  uint64_t load_mine(unsigned i) const { return LoadWord(mine[i]); }
+  void store_mine(unsigned i, uint64_t bits) { StoreBits(mine[i], bits); }
+  void count_held() {
+    row.held_pages_ += pages.count;
+    StoreWord(row.record_.held_pages, row.held_pages_);
+  }
+  void count_released() {
+    row.released_pages_ += pages.count;
+    StoreWord(row.record_.released_pages, row.released_pages_);
+  }
+  bool has_neighbours() const { return view.window.neighbours != 0; }
+  Sharing sharing(unsigned i) const {
+    return {view, pages.first + i * kPagesPerWord, in_chunk + i};
+  }
+
+  RowHolds& row;
+  const FileView& view;
+  const PageRun pages;
+  const uint64_t in_chunk;
+  uint64_t* const mine;
+};
+
+// The view, if short changes of these pages can be made by what it has in its window.
+[[gnu::always_inline]] inline FileView* RowHolds::WindowOn(const FileIdentity& file,
+                                                           PageRun pages) {
+  FileView* const view = last_view_;
+  if (view == nullptr || !(last_file_ == file) || !ShortRun::is_short(pages)) return nullptr;
+  const uint64_t chunk = pages.first / kPagesPerHoldChunk;
+  if (view->window.chunk != chunk) {
+    view->prefetch(pages.first);
+    view->move_window(chunk);
+    if (view->window.chunk != chunk) return nullptr;
+  }
+  return is_known(*view) ? view : nullptr;
+}
+
+[[gnu::always_inline]] inline bool RowHolds::HoldQuickly(const FileIdentity& file,
+                                                         uint64_t file_pages, PageRun pages) {
+  const FileView* const view = WindowOn(file, pages);
+  if (view == nullptr || view->window.neighbours > 1 || file_pages > view->pages ||
+      pages.end() > file_pages) {
+    return false;
+  }
+  const ShortRun run(pages);
+  Words words{*this, *view, pages, run.in_chunk, view->window.mine + run.in_chunk};
+  const Change change(record_, changes_);
+  return view->is_current() && HoldSimply(words, id_.index, run.bits, run.next_bits);
+}
+
+[[gnu::always_inline]] inline bool RowHolds::ReleaseQuickly(const FileIdentity& file,
+                                                            PageRun pages) {
+  const FileView* const view = WindowOn(file, pages);
+  if (view == nullptr) return false;
+  const ShortRun run(pages);
+  Words words{*this, *view, pages, run.in_chunk, view->window.mine + run.in_chunk};
+  const Change change(record_, changes_);
+  return view->is_current() && ReleaseSimply(words, run.bits, run.next_bits);
+}
+
+Result<void> RowHolds::hold(const FileIdentity& file, uint64_t file_pages, PageRun pages) {
+  if (HoldQuickly(file, file_pages, pages)) [[likely]]
+    return {};
+  return HoldRun(file, file_pages, pages);
+}
+
+void RowHolds::release(const FileIdentity& file, PageRun pages) {
+  if (ReleaseQuickly(file, pages)) [[likely]]
+    return;
+  ReleaseRun(file, pages);
 }
 
 FileView& RowHolds::FindView(const FileIdentity& file) {
@@ -164,7 +232,7 @@ FileView& RowHolds::FindView(const FileIdentity& file) {
   return *view;
 }
 
-Result<void> RowHolds::hold(const FileIdentity& file, uint64_t file_pages, PageRun pages) {
+Result<void> RowHolds::HoldRun(const FileIdentity& file, uint64_t file_pages, PageRun pages) {
   if (file_pages > ledger_format::kMaxPagesPerFile || pages.first > file_pages ||
       pages.count > file_pages - pages.first) {
     return Fail(
@@ -172,7 +240,7 @@ Result<void> RowHolds::hold(const FileIdentity& file, uint64_t file_pages, PageR
         fmt::format("{} pages from page {} of a file of {} pages; at most {} can be accounted",
                     pages.count, pages.first, file_pages, ledger_format::kMaxPagesPerFile));
   }
-  const FileView& view = view_of(file);
+  FileView& view = view_of(file);
   view.prefetch(pages.first);
   uint64_t next = pages.first;
   if (file_pages <= view.pages && is_known(view)) {
@@ -190,7 +258,7 @@ Result<void> RowHolds::HoldSlowly(const FileIdentity& file, uint64_t file_pages,
   for (int attempt = 0; attempt < kAttempts; ++attempt) {
     auto found = store_.make_room(id_, file, file_pages, {next, pages.end() - next});
     if (!found) {
-      release(file, {pages.first, next - pages.first});
+      ReleaseRun(file, {pages.first, next - pages.first});
       return tl::unexpected<Error>(std::move(found).error());
     }
     view = std::move(*found);
@@ -200,12 +268,12 @@ Result<void> RowHolds::HoldSlowly(const FileIdentity& file, uint64_t file_pages,
     }
     if (next == pages.end()) return {};
   }
-  release(file, {pages.first, next - pages.first});
+  ReleaseRun(file, {pages.first, next - pages.first});
   return Fail(ErrorCode::kCorrupt, fmt::format("{} is damaged: room for bits of row {} goes away",
                                                store_.path(), id_.index));
 }
 
-void RowHolds::release(const FileIdentity& file, PageRun pages) {
+void RowHolds::ReleaseRun(const FileIdentity& file, PageRun pages) {
   FileView& view = view_of(file);
   uint64_t next = pages.first;
   for (int attempt = 0; next < pages.end() && attempt < kAttempts; ++attempt) {

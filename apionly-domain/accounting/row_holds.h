@@ -29,22 +29,32 @@ class RowHolds {
   RowHolds& operator=(const RowHolds&) = delete;
 
   // As LedgerRow::hold() and release().
-  Result<void> hold(const FileIdentity& file, uint64_t file_pages, PageRun pages);
-  void release(const FileIdentity& file, PageRun pages);
+  [[gnu::hot]] Result<void> hold(const FileIdentity& file, uint64_t file_pages, PageRun pages);
+  [[gnu::hot]] void release(const FileIdentity& file, PageRun pages);
 
  private:
   class Sharing;
   struct Word;
+  struct Words;
 
   FileView& view_of(const FileIdentity& file) {
     return last_view_ != nullptr && last_file_ == file ? *last_view_ : FindView(file);
   }
   FileView& FindView(const FileIdentity& file);
+  FileView* WindowOn(const FileIdentity& file, PageRun pages);
+  // What most changes are: pages of one word, or of two beside each other, and one neighbour at
+  // most. False, and nothing has changed: it is not that simple.
+  bool HoldQuickly(const FileIdentity& file, uint64_t file_pages, PageRun pages);
+  bool ReleaseQuickly(const FileIdentity& file, PageRun pages);
+  // Any pages.
+  [[gnu::noinline]] Result<void> HoldRun(const FileIdentity& file, uint64_t file_pages,
+                                         PageRun pages);
+  [[gnu::noinline]] void ReleaseRun(const FileIdentity& file, PageRun pages);
   Result<void> HoldSlowly(const FileIdentity& file, uint64_t file_pages, PageRun pages,
                           uint64_t next);
   // Both do their work up to the page that is returned: pages.end(), or one where it cannot go on
   // by what `view` says. REQUIRES: a change is announced.
-  uint64_t HoldBy(const FileView& view, PageRun pages);
+  uint64_t HoldBy(FileView& view, PageRun pages);
   uint64_t ReleaseBy(const FileView& view, PageRun pages);
   // Whether a change by what `view` says may begin.
   bool is_known(const FileView& view) const {

@@ -26,7 +26,7 @@
 // `Word` is where the steps take effect: the mapped ledger (row_holds.cc), or a test's memory.
 //   uint64_t load_mine();  void store_mine(uint64_t bits);
 //   void count_held(uint64_t bits);  void count_released(uint64_t bits);  // what will change
-//   bool has_neighbours();  Sharing& sharing();
+//   bool has_neighbours();  Sharing sharing();
 // `Sharing` is what others have of it:
 //   unsigned neighbours();  unsigned row_of(unsigned i);  // other rows with this word, ascending
 //   uint64_t load_neighbour(unsigned i);
@@ -129,6 +129,23 @@ bool NamePayers(Sharing& word, unsigned me, uint64_t fresh) {
   return true;
 }
 
+// What NamePayers() mostly finds, quicker: nothing to name, for pages that at most this neighbour
+// holds. False when that cannot be said at a glance. REQUIRES: there is one neighbour.
+template <typename Sharing>
+[[gnu::always_inline]] inline bool PayersAreNamed(Sharing word, unsigned me, uint64_t fresh) {
+  const uint64_t shared = word.load_neighbour(0) & fresh;
+  if (shared == 0) return true;
+  const unsigned payer = word.row_of(0);
+  if (!word.has_payer_bytes()) return payer < me;
+  // A lower row pays by itself.
+  const uint64_t right = payer < me ? 0 : (payer + 1) * kEachByte;
+  const auto last = static_cast<unsigned>(std::bit_width(shared) - 1) / 8;
+  for (auto octet = static_cast<unsigned>(std::countr_zero(shared)) / 8; octet <= last; ++octet) {
+    if (word.load_payers(octet) != right) return false;
+  }
+  return true;
+}
+
 // Row `me` holds the wanted pages; those that it holds already stay as they are. False when payer
 // bytes are needed and there are none; nothing has changed then.
 template <typename Word>
@@ -136,9 +153,47 @@ template <typename Word>
   const uint64_t mine = word.load_mine();
   const uint64_t fresh = wanted & ~mine;
   if (fresh == 0) return true;
-  if (word.has_neighbours() && !NamePayers(word.sharing(), me, fresh)) return false;
+  if (word.has_neighbours()) {
+    auto&& sharing = word.sharing();
+    if (!NamePayers(sharing, me, fresh)) return false;
+  }
   word.count_held(fresh);
   word.store_mine(mine | fresh);
+  return true;
+}
+
+// The same for pages of one word, or of two beside each other, where it takes no more than looking
+// at one neighbour; the steps of each word are in the order of HoldWord(), and those of the two
+// need none. False otherwise, and nothing has changed.
+//
+// `Words` has what Word has, of word 0 and 1; no more than one neighbour; and bits are counted
+// once, for both.
+template <typename Words>
+[[gnu::always_inline]] inline bool HoldSimply(Words& words, unsigned me, uint64_t wanted,
+                                              uint64_t wanted_next) {
+  const uint64_t mine = words.load_mine(0);
+  const uint64_t next = wanted_next != 0 ? words.load_mine(1) : 0;
+  if ((mine & wanted) != 0 || (next & wanted_next) != 0) return false;
+  if (words.has_neighbours()) {
+    if (!PayersAreNamed(words.sharing(0), me, wanted)) return false;
+    if (wanted_next != 0 && !PayersAreNamed(words.sharing(1), me, wanted_next)) return false;
+  }
+  words.count_held();
+  words.store_mine(0, mine | wanted);
+  if (wanted_next != 0) words.store_mine(1, next | wanted_next);
+  return true;
+}
+
+// Its twin. False, and nothing has changed: the row does not hold all of that.
+template <typename Words>
+[[gnu::always_inline]] inline bool ReleaseSimply(Words& words, uint64_t unwanted,
+                                                 uint64_t unwanted_next) {
+  const uint64_t mine = words.load_mine(0);
+  const uint64_t next = unwanted_next != 0 ? words.load_mine(1) : 0;
+  if ((~mine & unwanted) != 0 || (~next & unwanted_next) != 0) return false;
+  words.count_released();
+  words.store_mine(0, mine & ~unwanted);
+  if (unwanted_next != 0) words.store_mine(1, next & ~unwanted_next);
   return true;
 }
 

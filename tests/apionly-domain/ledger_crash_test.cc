@@ -139,6 +139,8 @@ constexpr off_t kFirstRow = 4096;
 constexpr off_t kRowStartTime = 16;
 constexpr off_t kRowPidNamespace = 24;
 constexpr off_t kRowChanges = 192;
+constexpr off_t kRowHeldPages = 200;
+constexpr off_t kRowToken = 216;
 
 TEST_F(LedgerCrashTest, ReusedProcessNumberDoesNotKeepARowAlive) {
   auto ledger = Open();
@@ -183,6 +185,25 @@ TEST_F(LedgerCrashTest, RowThatOthersTookForDeadIsRevoked) {
   EXPECT_EQ(Look().rows.size(), 1u);
   EXPECT_THAT(other->hold(kRam, kPages, {0, 10}), IsOk());
   other->release(kRam, {0, 10});
+}
+
+// Its bits go without being counted, and whoever does that may die of it.
+TEST_F(LedgerCrashTest, RowThatIsBeingDroppedIsNotHeldToItsCounters) {
+  auto ledger = Open();
+  auto mine = Join(*ledger, "mine");
+  ASSERT_THAT(mine->hold(kRam, kPages, {0, 10}), IsOk());
+  const UniqueFd file(open(path().c_str(), O_RDWR | O_CLOEXEC));
+  const uint64_t other_count = 7;
+  ASSERT_EQ(pwrite(file.get(), &other_count, 8, kFirstRow + kRowHeldPages), 8);
+  EXPECT_THAT(ProblemsOf(Look()), ::testing::SizeIs(1));
+  const uint64_t no_token = 0;
+  ASSERT_EQ(pwrite(file.get(), &no_token, 8, kFirstRow + kRowToken), 8);
+  EXPECT_THAT(ProblemsOf(Look()), IsEmpty());
+  EXPECT_TRUE(Look().in_motion);
+  const auto second = Open();  // finishes it
+  EXPECT_THAT(Look().rows, IsEmpty());
+  EXPECT_EQ(Look().unique_pages, 0u);
+  mine->release(kRam, {0, 10});
 }
 
 TEST_F(LedgerCrashTest, FileThatWasRemovedUnderItsRowsIsNotLeftBehindInTwoParts) {

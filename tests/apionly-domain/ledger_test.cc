@@ -248,6 +248,29 @@ TEST_F(LedgerTest, FileMayGrowWhileItsPagesAreHeld) {
   }
 }
 
+// Also where there is room for the bits already, and the change could be made without a look at it.
+TEST_F(LedgerTest, LargerFileIsKnownAsSuchWhenItsNewPagesAreHeld) {
+  auto ledger = Open();
+  auto row = Join(*ledger);
+  ASSERT_THAT(row->hold(kRam, 100, {0, 10}), IsOk());
+  ASSERT_THAT(row->hold(kRam, 100, {20, 10}), IsOk());
+  ASSERT_THAT(row->hold(kRam, 200, {150, 10}), IsOk());
+  EXPECT_EQ(Look().files[0].pages, 200u);
+  ExpectInOrder();
+  for (const uint64_t page : {0, 20, 150}) row->release(kRam, {page, 10});
+}
+
+TEST_F(LedgerTest, ShortRunsBeyondTheFileAreRefusedWhereThereIsRoomForThem) {
+  auto ledger = Open();
+  auto row = Join(*ledger);
+  ASSERT_THAT(row->hold(kRam, 100, {0, 10}), IsOk());
+  EXPECT_THAT(row->hold(kRam, 100, {90, 20}), FailsWith(ErrorCode::kInvalid));
+  EXPECT_THAT(row->hold(kRam, 100, {100, 1}), FailsWith(ErrorCode::kInvalid));
+  EXPECT_THAT(row->hold(kRam, 80, {79, 2}), FailsWith(ErrorCode::kInvalid));
+  EXPECT_EQ(Look().unique_pages, 10u);
+  row->release(kRam, {0, 10});
+}
+
 TEST_F(LedgerTest, PagesBeyondTheFileAreRefused) {
   auto ledger = Open();
   auto row = Join(*ledger);

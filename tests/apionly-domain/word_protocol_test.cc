@@ -19,26 +19,28 @@ namespace mvgpu::domain {
 namespace {
 
 constexpr unsigned kRows = 3;
-constexpr unsigned kPages = 8;  // of the word; one octet of payer bytes
+constexpr unsigned kPages = 16;        // of the word; two octets of payer bytes
+constexpr unsigned kPagesPerHalf = 8;  // where the halves stand for two words
 constexpr uint8_t kNobody = 0xff;
 
 // What the rows share.
 struct Memory {
-  std::array<uint8_t, kRows> held = {};
+  std::array<uint16_t, kRows> held = {};
   std::array<uint8_t, kPages> payer_bytes = {};
 };
 
 struct Access {
   enum class Kind : uint8_t { kLoadNeighbour, kLoadPayers, kStorePayer, kStorePayers, kStoreMine };
   Kind kind;
-  unsigned at = 0;     // row, octet or page
-  uint64_t value = 0;  // that is stored
+  unsigned at = 0;             // row, octet or page
+  uint64_t value = 0;          // that is stored
+  uint64_t of = ~uint64_t{0};  // kStoreMine: in these bits
 };
 
 // Longer than any change.
 struct Past {
   uint8_t size = 0;
-  std::array<uint64_t, 24> values;
+  std::array<uint64_t, 40> values;
 
   void push_back(uint64_t value) { values.at(size++) = value; }
 };
@@ -47,8 +49,8 @@ struct Past {
 // do next. What it does behind that is of no account.
 class Replay {
  public:
-  Replay(unsigned me, uint64_t mine, bool has_payers, const Past& past)
-      : me_(me), mine_(mine), has_payers_(has_payers), past_(past) {}
+  Replay(unsigned me, unsigned rows, uint64_t mine, bool has_payers, const Past& past)
+      : me_(me), rows_(rows), mine_(mine), has_payers_(has_payers), past_(past) {}
 
   const std::optional<Access>& next() const { return next_; }
 
@@ -61,7 +63,7 @@ class Replay {
   void count_released(uint64_t bits) { counted_ = bits; }
   bool has_neighbours() const { return true; }
   Replay& sharing() { return *this; }
-  unsigned neighbours() const { return kRows - 1; }
+  unsigned neighbours() const { return rows_ - 1; }
   unsigned row_of(unsigned i) const { return i < me_ ? i : i + 1; }
   uint64_t load_neighbour(unsigned i) { return Do({Access::Kind::kLoadNeighbour, row_of(i)}); }
   bool has_payer_bytes() const { return has_payers_; }
@@ -78,7 +80,10 @@ class Replay {
     return 0;
   }
 
+  friend class Halves;
+
   const unsigned me_;
+  const unsigned rows_;
   const uint64_t mine_;
   const bool has_payers_;
   const Past& past_;
@@ -87,13 +92,48 @@ class Replay {
   std::optional<Access> next_;
 };
 
+// The halves of the word, each as a word of its own, for the steps that take two at once.
+class Halves {
+ public:
+  class Sharing {
+   public:
+    Sharing(Replay& replay, unsigned half) : replay_(replay), half_(half) {}
+    unsigned row_of(unsigned i) const { return replay_.row_of(i); }
+    uint64_t load_neighbour(unsigned i) const {
+      return replay_.load_neighbour(i) >> half_ * kPagesPerHalf & 0xff;
+    }
+    bool has_payer_bytes() const { return replay_.has_payer_bytes(); }
+    uint64_t load_payers(unsigned octet) const { return replay_.load_payers(octet + half_); }
+
+   private:
+    Replay& replay_;
+    const unsigned half_;
+  };
+
+  explicit Halves(Replay& replay) : replay_(replay) {}
+  uint64_t load_mine(unsigned half) const { return replay_.mine_ >> half * kPagesPerHalf & 0xff; }
+  void store_mine(unsigned half, uint64_t bits) {
+    if (!counted_) ADD_FAILURE() << "bits were changed before they were counted";
+    const unsigned shift = half * kPagesPerHalf;
+    replay_.Do({Access::Kind::kStoreMine, replay_.me_, bits << shift, uint64_t{0xff} << shift});
+  }
+  void count_held() { counted_ = true; }
+  void count_released() { counted_ = true; }
+  bool has_neighbours() const { return true; }
+  Sharing sharing(unsigned half) const { return {replay_, half}; }
+
+ private:
+  Replay& replay_;
+  bool counted_ = false;
+};
+
 using Payers = std::array<uint8_t, kPages>;  // by page: the row, or kNobody
 
 struct Actor {
   enum class State : uint8_t { kIdle, kHolding, kReleasing, kDead };
   State state = State::kIdle;
   Past past;  // what each step of the change under way returned
-  uint8_t mine_before = 0;
+  uint16_t mine_before = 0;
   bool disturbed = false;  // another row changed something since the change began
   Payers payers_before = {};
 };
@@ -105,11 +145,11 @@ struct World {
   // Two worlds with the same key have the same future.
   std::string key() const {
     std::string key(reinterpret_cast<const char*>(&memory), sizeof memory);
-    key.reserve(256);
+    key.reserve(512);
     for (const Actor& actor : actors) {
       key += static_cast<char>(actor.state);
       if (actor.state == Actor::State::kIdle || actor.state == Actor::State::kDead) continue;
-      key += static_cast<char>(actor.mine_before);
+      key.append(reinterpret_cast<const char*>(&actor.mine_before), sizeof actor.mine_before);
       key += static_cast<char>(actor.disturbed);
       key.append(reinterpret_cast<const char*>(actor.payers_before.data()), kPages);
       key += static_cast<char>(actor.past.size);
@@ -122,9 +162,10 @@ struct World {
 
 struct Case {
   const char* name;
-  std::array<uint8_t, kRows> pages;  // that each row holds and lets go of, all at once
+  std::array<uint16_t, kRows> pages;  // that each row holds and lets go of, all at once
   bool has_payers;
-  std::array<uint8_t, kRows> held_at_first = {};
+  std::array<uint16_t, kRows> held_at_first = {};
+  bool by_halves = false;  // two rows, which change the halves at once where that is simple
 };
 
 class WordProtocolTest : public ::testing::TestWithParam<Case> {
@@ -161,14 +202,25 @@ class WordProtocolTest : public ::testing::TestWithParam<Case> {
 
   // The next step of a row's change; nullopt when it is done.
   std::optional<Access> NextOf(const Actor& actor, unsigned me) {
-    Replay replay(me, actor.mine_before, GetParam().has_payers, actor.past);
+    const Case& param = GetParam();
+    Replay replay(me, rows(), actor.mine_before, param.has_payers, actor.past);
+    const uint64_t pages = param.pages[me];
+    Halves halves(replay);
     if (actor.state == Actor::State::kHolding) {
-      (void)HoldWord(replay, me, GetParam().pages[me]);
+      if (param.by_halves && HoldSimply(halves, me, pages & 0xff, pages >> kPagesPerHalf)) {
+        return replay.next();
+      }
+      (void)HoldWord(replay, me, pages);
     } else {
-      ReleaseWord(replay, GetParam().pages[me]);
+      if (param.by_halves && ReleaseSimply(halves, pages & 0xff, pages >> kPagesPerHalf)) {
+        return replay.next();
+      }
+      ReleaseWord(replay, pages);
     }
     return replay.next();
   }
+
+  static unsigned rows() { return GetParam().by_halves ? 2 : kRows; }
 
   static uint64_t Perform(const Access& access, Memory& memory) {
     uint64_t value = 0;
@@ -176,16 +228,19 @@ class WordProtocolTest : public ::testing::TestWithParam<Case> {
       case Access::Kind::kLoadNeighbour:
         return memory.held[access.at];
       case Access::Kind::kLoadPayers:
-        if (access.at == 0) std::memcpy(&value, memory.payer_bytes.data(), kPages);
+        if (access.at < kPages / 8) {
+          std::memcpy(&value, memory.payer_bytes.data() + access.at * 8, sizeof value);
+        }
         return value;
       case Access::Kind::kStorePayer:
         memory.payer_bytes[access.at] = static_cast<uint8_t>(access.value);
         return 0;
       case Access::Kind::kStorePayers:
-        std::memcpy(memory.payer_bytes.data(), &access.value, kPages);
+        std::memcpy(memory.payer_bytes.data() + access.at * 8, &access.value, sizeof access.value);
         return 0;
       case Access::Kind::kStoreMine:
-        memory.held[access.at] = static_cast<uint8_t>(access.value);
+        memory.held[access.at] = static_cast<uint16_t>((memory.held[access.at] & ~access.of) |
+                                                       (access.value & access.of));
         return 0;
     }
     return 0;
@@ -247,7 +302,7 @@ class WordProtocolTest : public ::testing::TestWithParam<Case> {
   // Every world that can come next.
   std::vector<World> After(const World& world) {
     std::vector<World> result;
-    for (unsigned me = 0; me < kRows; ++me) {
+    for (unsigned me = 0; me < rows(); ++me) {
       const Actor::State state = world.actors[me].state;
       World next = world;
       if (state == Actor::State::kDead) {  // another process drops what it held
@@ -290,16 +345,18 @@ TEST_P(WordProtocolTest, EveryHeldPageIsChargedOnceAfterEachStepOfAnyInterleavin
   EXPECT_GT(seen.size(), 50u);
 }
 
-INSTANTIATE_TEST_SUITE_P(Cases, WordProtocolTest,
-                         ::testing::Values(Case{"OnePage", {1, 1, 1}, true},
-                                           Case{"OnePageWithoutPayerBytes", {1, 1, 1}, false},
-                                           Case{"EightPagesOfTwoRows", {0xff, 0xff, 0}, true},
-                                           Case{"EightPagesOfWhichOneHasMoreHolders",
-                                                {0xff, 0, 0},
-                                                true,
-                                                {0, 0x02, 0xff}},
-                                           Case{"RunsThatOverlap", {0x02, 0x03, 0x01}, true}),
-                         [](const auto& test) { return std::string(test.param.name); });
+INSTANTIATE_TEST_SUITE_P(
+    Cases, WordProtocolTest,
+    ::testing::Values(
+        Case{"OnePage", {1, 1, 1}, true}, Case{"OnePageWithoutPayerBytes", {1, 1, 1}, false},
+        Case{"EightPagesOfTwoRows", {0xff, 0xff, 0}, true},
+        Case{"EightPagesOfWhichOneHasMoreHolders", {0xff, 0, 0}, true, {0, 0x02, 0xff}},
+        Case{"RunsThatOverlap", {0x02, 0x03, 0x01}, true},
+        Case{"HalvesOfTwoRows", {0x180, 0x180, 0}, true, {}, true},
+        Case{"HalfOfTwoRows", {0xff, 0xff, 0}, true, {}, true},
+        Case{"HalvesWithoutPayerBytes", {0x180, 0x180, 0}, false, {}, true},
+        Case{"HalvesThatOverlap", {0x180, 0x80, 0}, true, {}, true}),
+    [](const auto& test) { return std::string(test.param.name); });
 
 }  // namespace
 }  // namespace mvgpu::domain

@@ -78,6 +78,17 @@ TEST_F(AuditRepairTest, RowsOfTheDeadGo) {
   ExpectNothingDone();
 }
 
+TEST_F(AuditRepairTest, LivingDomainsThatSharedNothingAreNotSpokenOf) {
+  auto ledger = Open();
+  auto row = Join(*ledger);
+  ASSERT_THAT(row->hold(kRam, 1000, {500, 10}), IsOk());
+  LeaveDeadRow();
+  const nlohmann::json json = JsonOf(Repair("--json"));
+  ASSERT_EQ(json["actions"].size(), 1u) << json.dump();
+  EXPECT_EQ(json["actions"][0]["action"], "dropped_row");
+  row->release(kRam, {500, 10});
+}
+
 TEST_F(AuditRepairTest, LivingDomainsPayForWhatTheyShared) {
   auto ledger = Open();
   auto row = Join(*ledger, "vgpu");

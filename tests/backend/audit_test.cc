@@ -13,6 +13,7 @@
 #include <string>
 
 #include "tests/backend/audit_fixture.h"
+#include "tests/fakes/kernel_counters.h"
 
 namespace mvgpu::domain {
 namespace {
@@ -282,6 +283,38 @@ TEST_F(AuditVerifyTest, WhatVfioMapsIsCountedWithWhatIsLocked) {
   EXPECT_THAT(Verify().out, IsEmpty());
   (*nic)->set_locked_pages(uint64_t{1} << 40);  // neither row alone
   ExpectWrong("row 0 (vgpu): process " + std::to_string(getpid()) + " says that ", "not_locked");
+}
+
+TEST_F(AuditVerifyTest, LocksOfAllDomainsOfAProcessAreAddedUp) {
+  ASSERT_EQ(syscall(SYS_mlock, memory_, 40960), 0);
+  const uint64_t locked = mvgpu::testing::KernelLockedPages();
+  auto nic = ledger_->join(DomainKind::kAssignedDevice, "nic", "vfio-type1");
+  ASSERT_THAT(nic, IsOk());
+  row_->set_locked_pages(4);
+  (*nic)->set_locked_pages(locked - 3);  // one too many, by both
+  ExpectWrong("says that " + std::to_string((locked + 1) * 4) + " kB are locked", "not_locked");
+}
+
+TEST_F(AuditVerifyTest, PinsThatTheKernelDoesNotCountAreFound) {
+  auto ring = ledger_->join(DomainKind::kApiOnly, "ring", "io-uring");
+  ASSERT_THAT(ring, IsOk());
+  EXPECT_THAT(Verify().out, IsEmpty());
+  (*ring)->set_locked_pages(uint64_t{1} << 40);
+  ExpectWrong("the kernel counts 0 kB (VmPin)", "not_locked");
+}
+
+// A process of another pid namespace: its number here is another's.
+TEST_F(AuditVerifyTest, WhatIsOutOfSightIsHeldAgainstNobody) {
+  ASSERT_THAT(row_->hold(kOtherRam, 100, {7, 3}), IsOk());
+  row_->set_locked_pages(uint64_t{1} << 40);
+  const UniqueFd file(open(path().c_str(), O_RDWR | O_CLOEXEC));
+  const uint64_t other_namespace = 1;
+  // pid_namespace of row 0, ledger_format.h
+  ASSERT_EQ(pwrite(file.get(), &other_namespace, 8, 4096 + 24), 8);
+  const Outcome outcome = Verify();
+  EXPECT_EQ(outcome.exit_code, 0);
+  EXPECT_THAT(outcome.out, IsEmpty());
+  row_->release(kOtherRam, {7, 3});
 }
 
 TEST_F(AuditTest, WhatVfioCountsAgainIsNamed) {

@@ -18,9 +18,13 @@
 #include "apionly-domain/accounting/ledger.h"
 #include "apionly-domain/accounting/ledger_view.h"
 #include "apionly-domain/base/check.h"
+#include "apionly-domain/memory/guest_file.h"
+#include "backend/audit/report.h"
+#include "backend/audit/verify.h"
 #include "tests/bench/baselines/flat_counters.h"
 #include "tests/bench/bench_guest.h"
 #include "tests/bench/page_slices.h"
+#include "tests/bench/temp_ledger.h"
 
 namespace mvgpu::bench {
 
@@ -31,30 +35,15 @@ using domain::Ledger;
 using domain::LedgerRow;
 
 constexpr FileIdentity kRam{1, 100};
-constexpr char kVm[] = "0a1b2c3d-0000-4000-8000-00000000abcd";
 constexpr uint64_t kRun = 64;
 
 // A ledger in a directory of its own, in memory, and domains that join it.
 class Accounts {
  public:
-  explicit Accounts(uint64_t memory) : pages_(PagesIn(memory)) {
-    dir_ = "/dev/shm/mvgpu-bench-XXXXXX";
-    MVGPU_CHECK(mkdtemp(dir_.data()) != nullptr);
-    ledger_ = Open();
-  }
-  ~Accounts() {
-    ledger_.reset();
-    rmdir(dir_.c_str());
-  }
-  Accounts(const Accounts&) = delete;
-  Accounts& operator=(const Accounts&) = delete;
+  explicit Accounts(uint64_t memory) : pages_(PagesIn(memory)), ledger_(place_.open()) {}
 
   // Another process's half of it.
-  std::unique_ptr<Ledger> Open() const {
-    auto ledger = Ledger::Open({dir_, kVm});
-    MVGPU_CHECK(ledger.has_value());
-    return std::move(*ledger);
-  }
+  std::unique_ptr<Ledger> Open() const { return place_.open(); }
   std::unique_ptr<LedgerRow> join() const { return Join(*ledger_); }
   static std::unique_ptr<LedgerRow> Join(Ledger& ledger) {
     auto row = ledger.join(domain::DomainKind::kApiOnly, "bench", "none");
@@ -69,19 +58,18 @@ class Accounts {
     row.release(kRam, run);
   }
   uint64_t pages() const { return pages_; }
-  UniqueFd file() const { return UniqueFd(::open(path().c_str(), O_RDONLY | O_CLOEXEC)); }
-  std::string path() const { return dir_ + "/" + kVm + ".ledger"; }
-  const std::string& dir() const { return dir_; }
+  UniqueFd file() const { return UniqueFd(::open(place_.path().c_str(), O_RDONLY | O_CLOEXEC)); }
+  const std::string& dir() const { return place_.dir(); }
   double bytes() const {
     struct stat st = {};
-    MVGPU_CHECK(stat(path().c_str(), &st) == 0);
+    MVGPU_CHECK(stat(place_.path().c_str(), &st) == 0);
     return static_cast<double>(st.st_blocks) * 512;
   }
 
  private:
   const uint64_t pages_;
-  std::string dir_;
-  std::unique_ptr<Ledger> ledger_;
+  TempLedger place_;
+  std::unique_ptr<Ledger> ledger_;  // of the place: goes first
 };
 
 // Two rows, of which the lower one pays by default.
@@ -232,9 +220,12 @@ double BytesForSharing(uint64_t memory) {
 // The ledger of a domain that holds a sixteenth of memory, here and there.
 struct Scattered {
   explicit Scattered(uint64_t memory) : accounts(memory), row(accounts.join()) {
+    auto file_of_ram = domain::GuestFile::Create(MakeFile(memory));
+    MVGPU_CHECK(file_of_ram.has_value());
+    ram = std::move(*file_of_ram);
     for (uint64_t i = 0; i < accounts.pages() / 16; ++i) {
       pages.push_back(i * 16 + i * 7919 % 16);
-      accounts.hold(*row, {pages.back(), 1});
+      MVGPU_CHECK(row->hold(ram->identity(), ram->pages(), {pages.back(), 1}).has_value());
     }
     struct stat st = {};
     const UniqueFd file = accounts.file();
@@ -246,28 +237,25 @@ struct Scattered {
   }
   ~Scattered() {
     munmap(const_cast<uint64_t*>(mapped), size);
-    for (const uint64_t page : pages) row->release(kRam, {page, 1});
+    for (const uint64_t page : pages) row->release(ram->identity(), {page, 1});
   }
 
   Accounts accounts;
   std::unique_ptr<LedgerRow> row;
+  std::unique_ptr<domain::GuestFile> ram;  // mapped, or it would be a finding
   std::vector<uint64_t> pages;
   size_t size;
   const uint64_t* mapped;
 };
 
-Comparison Reading(const Settings& settings) {
+// Against the summing up of all of the mapped file.
+template <typename Read>
+Comparison AgainstSummingUp(const Settings& settings, Read read) {
   const auto subject = std::make_shared<Scattered>(settings.memory);
   constexpr uint64_t kReads = 20;
   return {Timed(kReads,
-                [subject](uint64_t) {
-                  const auto dir = domain::RuntimeDir::OpenForReading(subject->accounts.dir());
-                  MVGPU_CHECK(dir.has_value());
-                  for (uint64_t i = 0; i < kReads; ++i) {
-                    const auto snapshot = domain::ReadLedger(*dir, kVm);
-                    MVGPU_CHECK(snapshot && domain::ProblemsOf(*snapshot).empty() &&
-                                snapshot->charged_pages() == subject->pages.size());
-                  }
+                [subject, read](uint64_t) {
+                  for (uint64_t i = 0; i < kReads; ++i) read(*subject);
                 }),
           Timed(kReads, [subject](uint64_t) {
             for (uint64_t i = 0; i < kReads; ++i) {
@@ -276,6 +264,23 @@ Comparison Reading(const Settings& settings) {
               Keep(sum);
             }
           })};
+}
+
+void ReadScattered(const Scattered& subject) {
+  const auto dir = domain::RuntimeDir::OpenForReading(subject.accounts.dir());
+  MVGPU_CHECK(dir.has_value());
+  const auto snapshot = domain::ReadLedger(*dir, TempLedger::kVm);
+  MVGPU_CHECK(snapshot && domain::ProblemsOf(*snapshot).empty() &&
+              snapshot->charged_pages() == subject.pages.size());
+}
+
+// What `mvgpu-audit verify` does, without starting the program: the ledger's own invariants, the
+// owners, what the kernel counts for them and which files they map.
+void VerifyScattered(const Scattered& subject) {
+  const auto report = backend::Audit(subject.accounts.dir(), TempLedger::kVm);
+  MVGPU_CHECK(report && report->vms.size() == 1 &&
+              report->vms[0].ledger.charged_pages() == subject.pages.size());
+  MVGPU_CHECK(backend::Verify(*report).empty());
 }
 
 }  // namespace
@@ -314,8 +319,13 @@ void MeasureAccounts(Table* table) {
   table->measure("memory per shared page, beyond its owners' bits", "bytes", "growth of the file",
                  Target::AtMost(2),
                  [&] { return Result<double>(BytesForSharing(settings.memory)); });
-  table->compare("reading, every 16th page held here and there", "summing up the mapped file",
-                 Target::AtMost(10), [&] { return Result<Comparison>(Reading(settings)); });
+  const auto scattered = [&](std::string name, Target target, auto read) {
+    table->compare(std::move(name), "summing up the mapped file", target,
+                   [&] { return Result<Comparison>(AgainstSummingUp(settings, read)); });
+  };
+  scattered("verify, every 16th page held here and there", Target::AtMost(10), VerifyScattered);
+  scattered("reading alone, every 16th page held here and there", {}, ReadScattered);
+  MeasureHandOver(table);
 }
 
 }  // namespace mvgpu::bench

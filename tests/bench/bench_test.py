@@ -30,7 +30,8 @@ ACCOUNTS = {
     "charge + release, one random page": 2,
     "memory per page and owner": 1,
     "memory per shared page": 1,
-    "reading, ": 1,
+    "verify, ": 1,
+    "hand-over ": 1,
 }
 CACHE = {
     "map + unmap, batch of 64, all pages, ": 4,

@@ -10,11 +10,15 @@
 #include <array>
 #include <bit>
 #include <cstring>
+#include <functional>
+#include <memory>
 #include <string>
+#include <utility>
 
 #include "apionly-domain/pin/pin_backend.h"
 #include "tests/fakes/fake_pagemap.h"
 #include "tests/fakes/guest_ram.h"
+#include "tests/fakes/page_arrival.h"
 #include "tests/fakes/result_matchers.h"
 
 namespace mvgpu::dma {
@@ -146,6 +150,63 @@ TEST_F(FakedPagemapTest, APageThatMovesIsNotCurrentAndItsNeighboursAre) {
   pagemap_.set_swapped(Page(3));
   EXPECT_FALSE(mapper_->is_current(RunOf(Page(3), 1), DmaAddr(0x1003000)));
   EXPECT_THAT(mapper_->figures(), ::testing::Contains(::testing::Pair("moved_pages", 2u)));
+}
+
+// Its second look comes when the page has arrived, and there is one.
+class MovingPageTest : public FakedPagemapTest {
+ protected:
+  void SetUp() override {
+    FakedPagemapTest::SetUp();
+    pagemap_.set_present(Page(0), 3, 0x700);
+    pagemap_.set_moving(Page(1), 0x701);
+  }
+  // What the kernel's table says of the page by then.
+  void ArrivesWith(std::function<void()> entry) {
+    arrival_ = testing::PageArrival::Create(Page(1), std::move(entry));
+    if (arrival_ == nullptr) GTEST_SKIP() << "no userfaultfd for this process";
+  }
+
+  std::unique_ptr<testing::PageArrival> arrival_;
+};
+
+TEST_F(MovingPageTest, APageThatIsBeingMovedIsWaitedFor) {
+  ASSERT_NO_FATAL_FAILURE(ArrivesWith([this] { pagemap_.set_present(Page(1), 1, 0x900); }));
+  if (IsSkipped()) return;
+  ASSERT_THAT(Map({RunOf(Page(0), 3)}), IsOk());
+  EXPECT_THAT(mapped_, ::testing::ElementsAre(
+                           MappedRun{MakeRange(kIova, 0x1000), DmaAddr(0x700000)},
+                           MappedRun{MakeRange(kIova + 0x1000, 0x1000), DmaAddr(0x900000)},
+                           MappedRun{MakeRange(kIova + 0x2000, 0x1000), DmaAddr(0x702000)}));
+  EXPECT_EQ(arrival_->waits(), 1);
+}
+
+TEST_F(MovingPageTest, APageThatWasTriedToMoveInVainIsCurrentAndOneThatMovedIsNot) {
+  ASSERT_NO_FATAL_FAILURE(ArrivesWith([this] { pagemap_.set_present(Page(1), 1, 0x701); }));
+  if (IsSkipped()) return;
+  EXPECT_TRUE(mapper_->is_current(RunOf(Page(0), 3), DmaAddr(0x700000)));
+  EXPECT_EQ(arrival_->waits(), 1);
+  pagemap_.set_present(Page(1), 1, 0x900);
+  EXPECT_FALSE(mapper_->is_current(RunOf(Page(0), 3), DmaAddr(0x700000)));
+  EXPECT_THAT(mapper_->figures(), ::testing::Contains(::testing::Pair("moved_pages", 1u)));
+}
+
+TEST_F(MovingPageTest, APageThatDoesNotComeBackIsAnErrorAfterOneWait) {
+  ASSERT_NO_FATAL_FAILURE(ArrivesWith([this] { pagemap_.set_swapped(Page(1)); }));
+  if (IsSkipped()) return;
+  const auto done = Map({RunOf(Page(0), 3)});
+  ASSERT_THAT(done, FailsWith(ErrorCode::kNotReachable));
+  EXPECT_THAT(done.error().message(), ::testing::HasSubstr("swapped out"));
+  EXPECT_EQ(arrival_->waits(), 1);
+  EXPECT_TRUE(mapped_.empty());
+}
+
+// The page is in no file any more: nobody can bring it back, and nobody is killed by the attempt.
+TEST_F(MovingPageTest, APageThatWasTruncatedAwayIsAnErrorAtOnce) {
+  GuestRam shrinking(4 * kPageSize, /*seals=*/0);
+  std::byte* const page = shrinking.at(BytesIn(2));
+  pagemap_.set_moving(page, 0x900);
+  ASSERT_EQ(ftruncate(shrinking.fd(), kPageSize), 0);
+  EXPECT_THAT(Map({RunOf(page, 1)}), FailsWith(ErrorCode::kNotReachable));
 }
 
 // The kernel of this machine. Pages scattered over a memfd, held by a pin back end; the kernel is

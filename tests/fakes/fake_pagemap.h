@@ -31,6 +31,11 @@ class FakePagemap {
     }
   }
   void set_swapped(const std::byte* host) { set(host, uint64_t{1} << 62 | 0x1234); }
+  // A page that is being moved reads as swapped out, to a swap "device" with the number of what
+  // moves pages (Linux 6, <linux/swap.h>: SWP_MIGRATION_READ) and its frame for a place in it.
+  void set_moving(const std::byte* host, uint64_t frame) {
+    set(host, uint64_t{1} << 62 | frame << 5 | 0x1d);
+  }
   // The caller's stack, in some frame: where code that asks for a page of its own looks.
   void fill_stack(uint64_t frame = 1) {
     std::byte here{};
