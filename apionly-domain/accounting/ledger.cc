@@ -121,6 +121,10 @@ class SharedLedger final : public Ledger {
                                             enrolment.pin_backend}));
     // Ours until it is complete: were we killed, it would go like any other of ours.
     auto outcome = Fill(id, enrolment.holdings);
+    if (outcome) {
+      RowMappings list(*store_, id);
+      for (const LedgerMapping& mapping : enrolment.mappings) list.add(mapping);
+    }
     if (outcome) outcome = store_->give_row(id, enrolment.owner);
     if (outcome) return id.index;
     store_->remove_row(id);

@@ -131,6 +131,8 @@ class Ledger {
       PageRun pages;
     };
     std::span<const Holding> holdings;  // no page twice
+    // Where the devices see memory, as far as it is known; disjoint.
+    std::span<const LedgerMapping> mappings = {};
   };
   // Adds the row with all it holds, or nothing; its number. Errors: kOverlap (the process has such
   // a row already), kNotMapped (it is not alive), those of join() and hold().

@@ -22,6 +22,7 @@ Result<void> MappedCharges::hold(const Mapping& mapping) {
     }
   }
   held_[file].add(pages);
+  row_->list_mapping({mapping.iova, mapping.access, file, mapping.file_offset});
   mapped_pages_ += pages.count;
   Publish();
   return {};
@@ -34,6 +35,7 @@ void MappedCharges::release(const Mapping& mapping) {
   const PageRun pages = FilePagesOf(mapping);
   for (const PageRun& run : held->second.remove(pages)) row_->release(held->first, run);
   if (held->second.empty()) held_.erase(held);
+  row_->unlist_mapping(mapping.iova);
   mapped_pages_ -= pages.count;
   Publish();
 }

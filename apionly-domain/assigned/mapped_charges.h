@@ -15,7 +15,7 @@ namespace mvgpu::domain {
 
 // What a domain that holds all that it maps has in the VM's ledger: each page of a file once, at
 // however many IOVAs it is mapped. With the figures beside it: the row's mapped and pinned pages
-// count each IOVA, and so does the kernel.
+// count each IOVA, and so does the kernel; and with the list of where the pages are seen.
 //
 // Not thread-safe.
 class MappedCharges {

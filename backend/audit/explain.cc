@@ -156,10 +156,12 @@ void RenderPlace(Out out, const PageAnswer& answer, const PageAnswer::Place& pla
   fmt::format_to(out, "  page {} (offset {:#x}) of file {}:{}\n", PagesIn(place.offset),
                  place.offset, place.file.device, place.file.inode);
   for (const RowMappingList::Entry& entry : place.seen_by) {
-    fmt::format_to(out, "  {:.40} sees it {} at iova {:#x}, in {:#x}-{:#x}\n",
+    const LedgerSnapshot::Row* row = Find(answer.rows, entry.row);
+    fmt::format_to(out, "  {:.40} sees it {} at iova {:#x}, in {:#x}-{:#x}{}\n",
                    NameOf(answer, entry.row), AccessName(entry.mapping.access),
                    entry.mapping.iova.start().value() + (place.offset - entry.mapping.file_offset),
-                   entry.mapping.iova.start().value(), entry.mapping.iova.last().value());
+                   entry.mapping.iova.start().value(), entry.mapping.iova.last().value(),
+                   row != nullptr && row->is_registered ? " (as a vgpu does)" : "");
   }
   RenderHolders(out, answer, place);
 }

@@ -189,6 +189,17 @@ class Planner {
   MemlockPlan plan_;
 };
 
+// The limit is compared at the attach, when all of the guest's memory is mapped for the new device.
+MemlockPlan::Figure HotPlug(const MemlockPlan& now, const MemlockPlan& then) {
+  const MemlockPlan::Limit* const limit = now.limit_of(Process::kVmm);
+  const uint64_t bytes = then.limit_of(Process::kVmm)->bytes;
+  const uint64_t more = bytes - (limit == nullptr ? 0 : limit->bytes);
+  if (more == 0) return {bytes, "VMM, to plug in one more vfio device later: as now"};
+  return {bytes, fmt::format("VMM, to plug in one more vfio device later: {} more, or the attach "
+                             "fails",
+                             SizeText(more))};
+}
+
 Result<void> CheckPages(const char* option, uint64_t bytes) {
   if (bytes % kPageSize == 0) return {};
   return Fail(ErrorCode::kInvalid,
@@ -270,6 +281,13 @@ const MemlockPlan::Limit* MemlockPlan::limit_of(Process process) const {
   return nullptr;
 }
 
-MemlockPlan PlanMemlock(const MemlockRequest& request) { return Planner(request).Run(); }
+MemlockPlan PlanMemlock(const MemlockRequest& request) {
+  MemlockPlan plan = Planner(request).Run();
+  MemlockRequest with_one_more = request;
+  ++with_one_more.devices[static_cast<size_t>(DeviceKind::kVfio)];
+  const MemlockPlan then = Planner(with_one_more).Run();
+  plan.hot_plug = HotPlug(plan, then);
+  return plan;
+}
 
 }  // namespace mvgpu::backend

@@ -80,6 +80,7 @@ struct MemlockPlan {
   std::vector<Limit> limits;  // only of processes that lock something
   Figure shared;              // every page once, whoever holds it
   Figure libvirt;             // qemuDomainGetMemLockLimitBytes() for the same VM
+  Figure hot_plug;            // the VMM's limit with one assigned device (VFIO type1) more
 
   const Limit* limit_of(Process process) const;
 };

@@ -78,6 +78,7 @@ void RenderPlan(Out out, const MemlockPlan& plan) {
   RenderLine(out, SizeText(plan.shared.bytes.value_or(0)), "shared: " + plan.shared.why);
   RenderLine(out, plan.libvirt.bytes ? SizeText(*plan.libvirt.bytes) : "unlimited",
              "libvirt since 8.7.0: " + plan.libvirt.why);
+  RenderLine(out, SizeText(plan.hot_plug.bytes.value_or(0)), plan.hot_plug.why);
 }
 
 void RenderHost(Out out, const HostLimits& host) {
@@ -214,6 +215,7 @@ nlohmann::json ToJson(const PreflightReport& report) {
           {"limits", std::move(limits)},
           {"shared", FigureJson(report.plan.shared)},
           {"libvirt", FigureJson(report.plan.libvirt)},
+          {"hot_plug", FigureJson(report.plan.hot_plug)},
           {"host", HostJson(report.host)},
           {"snippets",
            {{"systemd", report.snippets.systemd},

@@ -45,6 +45,7 @@ std::string RenderText(const PreflightReport& report);
 //                 "why": str}],
 //    "limits": [{"process": str, "processes": count, "bytes": n (of each), "why": str}],
 //    "shared": {"bytes": n, "why": str}, "libvirt": {"bytes": n or null (unlimited), "why": str},
+//    "hot_plug": {"bytes": n, "why": str} (of the VMM, with one vfio device more),
 //    "host": {"enough": bool, "has_ipc_lock": bool,
 //             "checks": [{"what": str, "current": n or null (unlimited), "needed": n,
 //                         "enough": bool, "message": str}]},

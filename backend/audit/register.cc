@@ -29,6 +29,7 @@ using domain::ProcessId;
 namespace {
 
 using Holdings = std::vector<Ledger::Enrolment::Holding>;
+using Mappings = std::vector<domain::LedgerMapping>;
 
 // What was done, for the answer.
 struct Outcome {
@@ -46,9 +47,27 @@ struct MemoryFile {
   uint64_t pages = 0;  // the largest that any domain told
 };
 
-Result<std::vector<MemoryFile>> FilesOf(const std::string& runtime_dir,
-                                        const LedgerSnapshot& ledger) {
+// What a VM's ledger knows of its memory.
+struct VmMemory {
   std::vector<MemoryFile> files;
+  Mappings mappings;  // of its first vgpu, in no order
+};
+
+// The first domain that is told what the VMM maps: all of the VM's vgpus see memory where that one
+// does.
+std::optional<unsigned> FirstVgpu(const LedgerSnapshot& ledger) {
+  for (const LedgerSnapshot::Row& row : ledger.rows) {
+    if (row.kind == static_cast<uint32_t>(domain::DomainKind::kApiOnly) &&
+        row.liveness != domain::Liveness::kDead) {
+      return row.index;
+    }
+  }
+  return std::nullopt;
+}
+
+Result<VmMemory> MemoryOf(const std::string& runtime_dir, const LedgerSnapshot& ledger) {
+  VmMemory memory;
+  std::vector<MemoryFile>& files = memory.files;
   const auto add = [&files](const FileIdentity& identity, uint64_t pages) {
     for (MemoryFile& file : files) {
       if (file.identity != identity) continue;
@@ -64,10 +83,12 @@ Result<std::vector<MemoryFile>> FilesOf(const std::string& runtime_dir,
   MVGPU_ASSIGN_OR_RETURN(const UniqueFd fd, dir.open_file(name, O_RDONLY));
   MVGPU_ASSIGN_OR_RETURN(const domain::RowMappingList list,
                          domain::ReadMappings(fd.get(), ledger.path, ledger.vm_uuid, std::nullopt));
+  const auto vgpu = FirstVgpu(ledger);
   for (const auto& [row, mapping] : list.entries) {
     add(mapping.file, PagesIn(mapping.file_offset + mapping.iova.size()));
+    if (row == vgpu) memory.mappings.push_back(mapping);
   }
-  return files;
+  return memory;
 }
 
 // The pages of the VM's memory that the process maps: whole files only, since only then it is clear
@@ -80,6 +101,20 @@ Holdings WholeFiles(const std::vector<MemoryFile>& files, const VfioProcess& pro
     holdings.push_back({file.identity, runs[0].count, runs[0]});
   }
   return holdings;
+}
+
+// Without a guest's IOMMU in between, a VMM shows memory to all devices at guest-physical
+// addresses: to its own as to the vgpu. With one, its devices hold all the memory only where the
+// guest has told the IOMMU to do the same. The kernel does not say where it really is.
+Mappings SeenBy(const Holdings& holdings, const Mappings& of_vgpu) {
+  Mappings seen;
+  for (const domain::LedgerMapping& mapping : of_vgpu) {
+    if (std::any_of(holdings.begin(), holdings.end(),
+                    [&](const auto& holding) { return holding.file == mapping.file; })) {
+      seen.push_back(mapping);
+    }
+  }
+  return seen;
 }
 
 uint64_t PagesOf(const Holdings& holdings) {
@@ -96,19 +131,20 @@ tl::unexpected<Error> Refuse(std::string message) {
 struct Match {
   std::string vm_uuid;
   Holdings holdings;
+  Mappings mappings;
 };
 Result<Match> FindVm(const AuditReport& report, const VfioProcess& process) {
   std::optional<Match> match;
   for (const AuditReport::Vm& vm : report.vms) {
-    MVGPU_ASSIGN_OR_RETURN(const std::vector<MemoryFile> files,
-                           FilesOf(report.runtime_dir, vm.ledger));
-    Holdings holdings = WholeFiles(files, process);
+    MVGPU_ASSIGN_OR_RETURN(const VmMemory memory, MemoryOf(report.runtime_dir, vm.ledger));
+    Holdings holdings = WholeFiles(memory.files, process);
     if (holdings.empty()) continue;
     if (match) {
       return Refuse(fmt::format("process {} maps memory of vm {} and of vm {}: say which with --vm",
                                 process.pid, match->vm_uuid, vm.ledger.vm_uuid));
     }
-    match = Match{vm.ledger.vm_uuid, std::move(holdings)};
+    Mappings seen = SeenBy(holdings, memory.mappings);
+    match = Match{vm.ledger.vm_uuid, std::move(holdings), std::move(seen)};
   }
   if (match) return std::move(*match);
   return Refuse(fmt::format(
@@ -147,7 +183,8 @@ Result<Outcome> Enroll(const RegisterOptions& options, const AuditReport& report
                                          .kind = domain::DomainKind::kAssignedDevice,
                                          .name = process.command,
                                          .pin_backend = process.backend(),
-                                         .holdings = match.holdings}));
+                                         .holdings = match.holdings,
+                                         .mappings = match.mappings}));
   return Outcome{match.vm_uuid,   "registered",    row,
                  process.command, process.devices, PagesOf(match.holdings)};
 }
@@ -212,7 +249,8 @@ CLI::App* RegisterOptions::add_to(CLI::App& app) {
   verb->footer(
       "The process must have a VFIO device open, map all of a memory file that the ledger knows "
       "and be\ncharged for as much by the kernel. Its row holds the whole file until the process "
-      "ends, or --undo.\nAfter memory was plugged in or out: --undo, and once more.\n\n"
+      "ends, or --undo,\nand lists the addresses at which the VM's first vgpu sees it now. "
+      "After memory was plugged in or out: --undo, and once more.\n\n"
       "Exit codes:\n"
       "  0  done\n"
       "  1  refused, stderr says why\n"

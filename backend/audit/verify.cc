@@ -62,8 +62,12 @@ void CheckLocked(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
     findings.push_back(
         {Finding::Kind::kNotLocked, vm.ledger.vm_uuid, row.index,
          fmt::format("row {} ({}): process {} says that {} kB are locked, the kernel counts {} kB "
-                     "({})",
-                     row.index, row.name, row.owner.pid, BytesIn(locked) / 1024, kernel_kb, name)});
+                     "({}){}",
+                     row.index, row.name, row.owner.pid, BytesIn(locked) / 1024, kernel_kb, name,
+                     row.is_registered ? fmt::format("; if its devices were unplugged: register "
+                                                     "--undo --pid={}",
+                                                     row.owner.pid)
+                                       : "")});
   };
   for (size_t i = 0; i < vm.ledger.rows.size(); ++i) {
     if (!vm.kernel[i]) continue;

@@ -157,6 +157,26 @@ TEST_F(AuditPreflightTest, SizesHaveBinaryUnits) {
   }
 }
 
+TEST_F(AuditPreflightTest, RoomForOneMoreDeviceIsTold) {
+  const auto room = [this](const std::string& arguments) {
+    const auto figure = Plan(arguments)["hot_plug"];
+    EXPECT_THAT(figure["why"].get<std::string>(), HasSubstr("to plug in one more vfio device"));
+    return figure;
+  };
+  // The first one has all of the memory mapped at the attach, others come into its container.
+  EXPECT_EQ(room("--memory=8G --device=vgpu")["bytes"], 9 * kGiB);
+  EXPECT_THAT(room("--memory=8G --device=vgpu")["why"].get<std::string>(),
+              HasSubstr("9 GiB more, or the attach fails"));
+  EXPECT_EQ(room("--memory=8G --device=vfio")["bytes"], 9 * kGiB);
+  EXPECT_THAT(room("--memory=8G --device=vfio")["why"].get<std::string>(), HasSubstr("as now"));
+  EXPECT_EQ(room("--memory=8G --device=vfio=2 --viommu")["bytes"], 25 * kGiB);
+  // Another counter than iommufd's, which needs as much.
+  EXPECT_EQ(room("--memory=8G --device=iommufd")["bytes"], 9 * kGiB);
+  EXPECT_THAT(room("--memory=8G --device=nvme")["why"].get<std::string>(),
+              HasSubstr("8 GiB more, or the attach fails"));
+  EXPECT_EQ(room("--memory=8G --device=nvme=1024")["bytes"], (1025 * 8 + 1) * kGiB);
+}
+
 TEST_F(AuditPreflightTest, SnippetsAreReadyToPaste) {
   const auto plan =
       Plan("--memory=8G --viommu --device=vfio=2 --device=vgpu --vgpu-pin-limit=64M")["snippets"];

@@ -161,6 +161,37 @@ TEST_F(AuditRegisterVmTest, JsonSaysWhatWasDone) {
   EXPECT_EQ(JsonOf(Register("--undo --json"))["action"], "withdrawn");
 }
 
+TEST_F(AuditRegisterVmTest, ExplainShowsWhereTheVmmsDevicesSeeAPage) {
+  const FileIdentity rom{makedev(0, 42), 4713};  // that the VMM maps in part
+  const auto at = [](uint64_t start, uint64_t size) {
+    return *IovaRange::FromStartAndSize(Iova(start), size);
+  };
+  vgpu_->list_mapping({at(0, 1 << 20), Access::kReadWrite, ram_, 0});
+  vgpu_->list_mapping({at(1ull << 32, 15 << 20), Access::kRead, ram_, 1 << 20});
+  vgpu_->list_mapping({at(3ull << 30, 4096), Access::kRead, rom, 0});
+  auto second = Join(*ledger_, "vgpu1");  // sees what the first one does
+  second->list_mapping({at(0, 1 << 20), Access::kReadWrite, ram_, 0});
+  ASSERT_EQ(Register().exit_code, 0);
+
+  const auto explain = [this](const std::string& question) {
+    return Run("explain --runtime-dir=" + dir_ + " " + question);
+  };
+  const Outcome text = explain("0x64000");  // page 100, which vgpu has
+  EXPECT_EQ(text.exit_code, 0) << text.err;
+  EXPECT_THAT(text.out, HasSubstr("vgpu sees it read-write at iova 0x64000, in 0x0-0xfffff\n"));
+  EXPECT_THAT(text.out, HasSubstr("qemu-system-x86 sees it read-write at iova 0x64000, in "
+                                  "0x0-0xfffff (as a vgpu does)\n"));
+  const auto high = JsonOf(explain("0x100005000 --json"))["vms"][0]["places"][0]["mappings"];
+  ASSERT_EQ(high.size(), 2u);
+  EXPECT_EQ(high[1]["name"], "qemu-system-x86");
+  EXPECT_EQ(high[1]["first"], "0x100000000");
+  EXPECT_EQ(high[1]["access"], "read");
+  // Not what it does not hold.
+  EXPECT_EQ(JsonOf(explain("0xc0000000 --json"))["vms"][0]["places"][0]["mappings"].size(), 1u);
+  ASSERT_EQ(Register("--undo").exit_code, 0);
+  EXPECT_EQ(JsonOf(explain("0x64000 --json"))["vms"][0]["places"][0]["mappings"].size(), 2u);
+}
+
 TEST_F(AuditRegisterVmTest, IommufdCountsAsPinned) {
   SetFd(9, "/dev/iommu");
   SetFd(10, "/dev/vfio/devices/vfio0");
@@ -272,7 +303,9 @@ TEST_F(AuditRegisterVmTest, VerifyHoldsTheRowAgainstTheKernel) {
   EXPECT_EQ(outcome.exit_code, 1);
   EXPECT_THAT(outcome.out, HasSubstr("row 1 (qemu-system-x86): process " + std::to_string(vmm_) +
                                      " says that 16384 kB are locked, the kernel counts 0 kB "
-                                     "(VmLck)"));
+                                     "(VmLck); if its devices were unplugged: register --undo "
+                                     "--pid=" +
+                                     std::to_string(vmm_)));
 }
 
 TEST_F(AuditRegisterTest, WithoutALedgerThereIsNothingToJoin) {

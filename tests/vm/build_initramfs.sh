@@ -5,6 +5,9 @@
 #   tests/vm/build_initramfs.sh --check VERSION           exit 1 if it would build
 #   tests/vm/build_initramfs.sh --program FILE VERSION    the same image with FILE, its libraries and
 #                                                         VFIO's modules; prints where it is
+#   tests/vm/build_initramfs.sh --host IMAGE VERSION FILE...
+#                                                         writes IMAGE: the same image with the cache's
+#                                                         QEMU, VFIO's modules, and FILEs in /host
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -112,11 +115,69 @@ build_with_program() {
   echo "$image"
 }
 
+# The QEMU of the cache: the one in its folder, or the host's.
+qemu_root() { if [[ -d $cache/qemu/root ]]; then echo "$cache/qemu/root"; fi; }
+
+# Every program gets a copy of its loader under its own name: so /proc/PID/comm is the program's.
+add_host_program() {  # add_host_program FOLDER NAME FILE LOADER LIBRARY...
+  local folder=$1/$2 name=$2 file=$3 loader=$4
+  shift 4
+  mkdir -p "$folder/lib" "${folder%/*}/bin"
+  cp -L "$file" "$folder/program"
+  cp -L "$loader" "$folder/$name"
+  cp -L "$@" "$folder/lib/"
+  printf '#!/bin/sh\nexec /host/%s/%s --library-path /host/%s/lib /host/%s/program %s"$@"\n' \
+    "$name" "$name" "$name" "$name" "${arguments:-}" >"${folder%/*}/bin/$name"
+  chmod 755 "${folder%/*}/bin/$name"
+}
+
+add_host_qemu() {  # add_host_qemu FOLDER
+  local root multi=x86_64-linux-gnu arguments="-L /host/firmware " libraries name
+  local program loader path
+  root=$(qemu_root)
+  path=$root/usr/lib/$multi:$root/lib/$multi:$root/usr/lib/$multi/pulseaudio
+  program=$root/usr/bin/qemu-system-x86_64
+  loader=$root/usr/lib64/ld-linux-x86-64.so.2
+  [[ -e $loader ]] || loader=$root/lib64/ld-linux-x86-64.so.2
+  [[ -n $root ]] || program=$(<"$cache/qemu/program")
+  mapfile -t libraries < <("$loader" --library-path "$path" --list "$program" | sed -n 's/.* => \(\/[^ ]*\) .*/\1/p')
+  [[ ${#libraries[@]} != 0 ]] || die "cannot tell the libraries of $program; run tests/vm/fetch.sh"
+  add_host_program "$1" qemu-system-x86_64 "$program" "$loader" "${libraries[@]}"
+  mkdir "$1/firmware"
+  for name in bios-256k.bin kvmvapic.bin multiboot_dma.bin; do
+    find -L "$root/usr/share/seabios" "$root/usr/share/qemu" -name "$name" -exec cp {} "$1/firmware/" \; -quit
+    [[ -f $1/firmware/$name ]] || die "QEMU's $name is not in $root/usr/share/{seabios,qemu}; run tests/vm/fetch.sh"
+  done
+}
+
+# Not packed: unpacking costs an emulated processor more than reading.
+build_host() {  # build_host IMAGE FILE...
+  local image=$1 temp file libraries arguments=
+  shift
+  temp=$(mktemp -d "$cache/tmp.guest.XXXXXX")
+  # shellcheck disable=SC2064  # $temp is a local: expand it now
+  trap "rm -rf '$temp'" EXIT
+  mkdir -p "$temp/host/modules"
+  add_modules "$temp/host/modules" "$(<"$kernel/release")" "${program_modules[@]}"
+  add_host_qemu "$temp/host"
+  for file in "$@"; do
+    mapfile -t libraries < <(libraries_of "$file" 2>/dev/null)
+    if [[ ${#libraries[@]} == 0 ]]; then install -m 755 "$file" "$temp/host/"; continue; fi
+    add_host_program "$temp/host" "$(basename "$file")" "$file" \
+      "$(printf '%s\n' "${libraries[@]}" | grep -m 1 '/ld-linux')" "${libraries[@]}"
+  done
+  cp "$guest/initramfs.gz" "$image"
+  truncate -s %4 "$image"  # a cpio archive begins at a whole word
+  (cd "$temp" && find host -print0 | LC_ALL=C sort -z | cpio --quiet --null -o -H newc -R 0:0) >>"$image"
+}
+
 check=no
+host=
 program=
 if [[ ${1:-} == --check ]]; then check=yes; shift; fi
 if [[ ${1:-} == --program && $# -gt 1 ]]; then program=$2; shift 2; fi
-[[ $# == 1 && $1 != -* ]] || { sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
+if [[ ${1:-} == --host && $# -gt 3 ]]; then host=$2 version=$3; shift 3; files=("$@"); set -- "$version"; fi
+[[ $# == 1 && $1 != -* ]] || { sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 2; }
 version=$1
 kernel=$cache/kernels/$version
 userland=$cache/userland
@@ -126,4 +187,5 @@ if ! is_current; then
   [[ $check == no ]] || exit 1
   build
 fi
+if [[ -n $host ]]; then build_host "$host" "${files[@]}"; fi
 if [[ -n $program ]]; then build_with_program "$program"; fi

@@ -6,6 +6,7 @@
 #include <memory>
 #include <set>
 #include <utility>
+#include <vector>
 
 #include "apionly-domain/container.h"
 #include "tests/fakes/guest_ram.h"
@@ -25,6 +26,8 @@ class FakeRow final : public LedgerRow {
     std::set<uint64_t> pages;
     uint64_t mapped_pages = 0;
     uint64_t pinned_pages = 0;
+    std::vector<LedgerMapping> listed;
+    std::vector<IovaRange> unlisted;
     int fail_at_call = 0;  // 1 = the next one; 0 = never
   };
   explicit FakeRow(State* state) : state_(*state) {}
@@ -50,8 +53,8 @@ class FakeRow final : public LedgerRow {
   void set_locked_areas(uint64_t, uint64_t) override {}
   void set_granule_pages(uint32_t) override {}
   void set_cache(const CacheFigures&) override {}
-  void list_mapping(const LedgerMapping&) override {}
-  void unlist_mapping(IovaRange) override {}
+  void list_mapping(const LedgerMapping& mapping) override { state_.listed.push_back(mapping); }
+  void unlist_mapping(IovaRange part) override { state_.unlisted.push_back(part); }
   Counts counts() const override { return {}; }
 
  private:
@@ -88,6 +91,22 @@ TEST_F(MappedChargesTest, APageIsHeldOnceAndReleasedWithItsLastMapping) {
   charges_.release(At(6, 6));
   EXPECT_TRUE(row_.pages.empty());
   EXPECT_EQ(row_.mapped_pages, 0u);
+}
+
+TEST_F(MappedChargesTest, ReadersSeeWhereThePagesAreUntilTheyGo) {
+  ASSERT_THAT(charges_.hold(At(4, 8)), IsOk());
+  ASSERT_EQ(row_.listed.size(), 1u);
+  EXPECT_EQ(row_.listed[0].iova, RangeOf({1004, 8}));
+  EXPECT_EQ(row_.listed[0].access, Access::kRead);
+  EXPECT_EQ(row_.listed[0].file, whole_.file->identity());
+  EXPECT_EQ(row_.listed[0].file_offset, BytesIn(4));
+  row_.fail_at_call = 1;
+  EXPECT_THAT(charges_.hold(At(20, 8)), FailsWith(ErrorCode::kLimit));
+  EXPECT_EQ(row_.listed.size(), 1u);
+  EXPECT_TRUE(row_.unlisted.empty());
+  charges_.release(At(4, 2));
+  charges_.release(At(6, 6));
+  EXPECT_EQ(row_.unlisted, (std::vector{RangeOf({1004, 2}), RangeOf({1006, 6})}));
 }
 
 TEST_F(MappedChargesTest, OnAnErrorNothingHasChanged) {
