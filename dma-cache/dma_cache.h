@@ -109,10 +109,12 @@ class DmaCache final : public domain::PinOwner {
     std::vector<PageRun> upgrades;  // cached, but not pinned for this kind of access
     std::vector<PageRun> idle;      // taken out of the idle list
   };
-  // What the mapper is asked for in one call, and where its answer ends.
+  // What the mapper is asked for in one call: where its runs end, and its answer.
   struct Request {
-    PageRun pages;
+    uint64_t pages;
     domain::Access access;
+    bool apart;  // each run for itself
+    size_t runs_end;
     size_t answer_end = 0;
   };
 
@@ -142,10 +144,14 @@ class DmaCache final : public domain::PinOwner {
   // Whether those of the pages that are cached may be parts of one stretch of device addresses.
   bool IsContiguousLocked(PageRun pages) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Result<void> FillGapsLocked(Direction direction) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  void MakeRequestsLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // `runs` are those of all requests, in their order.
-  Result<void> AskMapperLocked(std::span<const domain::PinnedRun> runs)
+  // `pinned` are the runs of all gaps, in their order.
+  void MakeRequestsLocked(std::span<const domain::PinnedRun> pinned)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // For the pages, which are the first of those in `*pinned`; takes them out of there.
+  void AddRequestLocked(PageRun pages, domain::Access access,
+                        std::span<const domain::PinnedRun>* pinned)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  Result<void> AskMapperLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Result<void> AskMapperLocked(Request* request, std::span<const domain::PinnedRun> runs)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void EnterAnswersLocked(uint64_t pinned) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

@@ -228,7 +228,7 @@ uint64_t DmaUser::AddToMany(const Batch& batch, uint64_t pages) {
   ForEachBit(pages, [&](size_t i) {
     const uint64_t page = batch.pages[i].page();
     if (counts.dense().try_add_one(page) ||
-        counts.try_add({page, 1}, Form::kDense)) {  // as a part of a run
+        (counts.has_runs() && counts.try_add({page, 1}, Form::kDense))) {  // as a part of a run
       missed &= ~Bit(i);
     }
   });
@@ -242,7 +242,8 @@ uint64_t DmaUser::RemoveFromMany(std::span<const Iova> batch, bool for_write, ui
     const uint64_t page = batch[i].page();
     domain::PageCounters& dense = counts.dense();
     if (dense.try_remove_one(page) ||
-        (dense.holds(page) && counts.try_remove({page, 1}, Form::kDense))) {  // a run holds it too
+        (counts.has_runs() && dense.holds(page) &&
+         counts.try_remove({page, 1}, Form::kDense))) {  // a run holds it too
       missed &= ~Bit(i);
     }
   });
@@ -268,14 +269,20 @@ bool DmaUser::RemoveHolds(std::span<const PageRun> pages, bool for_write, uint64
   SpinLockHold hold(lock_);
   if (epoch > epoch_) return false;
   domain::PinCounts& counts = CountsLocked(for_write);
+  const bool all_real = epoch == epoch_ || revoked_.empty();
   for (const PageRun& run : pages) {
+    const auto form = domain::PinCounts::FormFor(run.count);
+    if (all_real && run.count == 1) {
+      if (!counts.dense().holds(run.first)) return false;
+      counts.remove(run, form, freed);
+      continue;
+    }
     real_.clear();
-    if (epoch == epoch_ || revoked_.empty()) {
+    if (all_real) {
       real_.push_back(run);
     } else {
       revoked_.release(run, epoch, &real_);
     }
-    const auto form = domain::PinCounts::FormFor(run.count);
     for (const PageRun& part : real_) {
       // Handles hold what they say; of single pages it is the caller who says so.
       if (part.count == 1 && form == Form::kDense && !counts.dense().holds(part.first)) {

@@ -43,7 +43,10 @@ class FlatLeaves {
   // REQUIRES: nobody reads leaves that were put back before.
   void reclaim();
   // So many pages were unmapped.
-  void pass(uint64_t pages);
+  void pass(uint64_t pages) {
+    clock_ += pages;
+    if (!waiting_.empty() && clock_ >= look_at_) GiveBackWhatWaited();
+  }
 
   // Asks for the entry of a page: for who is about to map many pages one by one.
   [[gnu::always_inline]] void prefetch(uint64_t page) const {
@@ -74,16 +77,46 @@ class FlatLeaves {
   using Chunk = std::array<Group, kChunkGroups>;
 
   Group& GroupOf(uint64_t group) { return (*chunks_[group / kChunkGroups])[group % kChunkGroups]; }
-  Group& GetGroup(uint64_t group);
-  void LeaveGroup(uint64_t granule);
+  Group& GetGroup(uint64_t group) {
+    if (group / kChunkGroups >= chunks_.size() || chunks_[group / kChunkGroups] == nullptr) {
+      OpenChunk(group / kChunkGroups);
+    }
+    return GroupOf(group);
+  }
+  void OpenChunk(uint64_t chunk);
+  bool IsLeft(uint64_t granule) const;
+  void LeaveGroup(uint64_t granule) {
+    Group& group = GroupOf(granule / kGroupLeaves);
+    if (--group.used == 0) WaitEmpty(granule / kGroupLeaves, &group);
+  }
+  void WaitEmpty(uint64_t number, Group* group);
+  void GiveBackWhatWaited();
 
   ReservedMemory memory_;
   std::vector<std::unique_ptr<Chunk>> chunks_;  // null where nothing was ever in use
   std::vector<uint64_t> left_;                  // granules of leaves that are not empty yet
   // Groups that were empty once, each at most once, and since when.
   std::deque<Waiting> waiting_;
-  uint64_t clock_ = 0;  // pages unmapped
+  uint64_t clock_ = 0;    // pages unmapped
+  uint64_t look_at_ = 0;  // of the clock: nothing that waits is due before
   uint64_t groups_ = 0;
 };
+
+inline FlatLeaves::Leaf* FlatLeaves::take(uint64_t granule) {
+  if (granule >= kNearGranules || (!left_.empty() && IsLeft(granule))) return nullptr;
+  Group& group = GetGroup(granule / kGroupLeaves);
+  ++group.used;
+  groups_ += group.has_memory ? 0 : 1;
+  group.has_memory = true;
+  return static_cast<Leaf*>(memory_.data()) + granule;
+}
+
+inline void FlatLeaves::put(uint64_t granule, Leaf*, bool is_empty) {
+  if (is_empty) {
+    LeaveGroup(granule);
+  } else {
+    left_.push_back(granule);
+  }
+}
 
 }  // namespace mvgpu::dma

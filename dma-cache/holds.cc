@@ -130,6 +130,10 @@ Result<void> DmaCache::MakePlanLocked(std::span<const PageRun> pages, Direction 
 }
 
 void DmaCache::PlanRunLocked(PageRun pages, uint64_t wanted, uint64_t pinned, bool* usable) {
+  if (pages.count == 1 && table_.find(pages.first).word == 0) {  // a miss page by page
+    plan_.gaps.push_back(pages);
+    return;
+  }
   uint64_t next = pages.first;
   table_.for_each(pages, [&, plan = &plan_](const Extent& extent) {
     *usable &= DmaUser::IsUsable(extent.flags, wanted);
@@ -172,48 +176,70 @@ bool DmaCache::IsContiguousLocked(PageRun pages) const {
 }
 
 // Pins all gaps, then asks the mapper once for each part of one where the VMM's mapping allows the
-// same: for all of it, as a rule.
+// same, for all of it as a rule; and once for all such parts in a row that are one run each, as
+// lone pages are.
 Result<void> DmaCache::FillGapsLocked(Direction direction) {
   MVGPU_ASSIGN_OR_RETURN(domain::PinnedRange pin, PinLocked(plan_.gaps, AccessFor(direction)));
-  MakeRequestsLocked();
-  MVGPU_RETURN_IF_ERROR(AskMapperLocked(pin.runs()));
+  MakeRequestsLocked(pin.runs());
+  MVGPU_RETURN_IF_ERROR(AskMapperLocked());
   const bool for_write = IsForWrite(direction);
   const bool as_runs = pin.keep() == domain::PinCounts::Form::kRuns;
   EnterAnswersLocked(PinnedFlag(for_write) | (as_runs ? AsRunsFlag(for_write) : 0));
   return {};
 }
 
-void DmaCache::MakeRequestsLocked() {
-  std::vector<Request>& requests = scratch_.requests;
-  requests.clear();
+void DmaCache::MakeRequestsLocked(std::span<const domain::PinnedRun> pinned) {
+  scratch_.requests.clear();
+  scratch_.runs.clear();
   const domain::ApiOnlyDomain::Translator translator(*domain_);
   for (const PageRun& gap : plan_.gaps) {
-    for (uint64_t page = gap.first; page < gap.end();) {
-      const auto place = translator.place(Iova(BytesIn(page)));
-      const uint64_t count = std::min(PagesIn(place.left), gap.end() - page);
-      if (page != gap.first && requests.back().access == place.access) {
-        requests.back().pages.count += count;
-      } else {
-        requests.push_back({{page, count}, place.access});
+    for (PageRun part{gap.first, 0}; part.first < gap.end(); part = {part.end(), 0}) {
+      auto place = translator.place(Iova(BytesIn(part.first)));
+      const domain::Access access = place.access;
+      while (place.access == access) {
+        part.count += std::min(PagesIn(place.left), gap.end() - part.end());
+        if (part.end() == gap.end()) break;
+        place = translator.place(Iova(BytesIn(part.end())));
       }
-      page += count;
+      AddRequestLocked(part, access, &pinned);
     }
   }
 }
 
-Result<void> DmaCache::AskMapperLocked(std::span<const domain::PinnedRun> runs) {
-  scratch_.mapped.clear();
-  for (Request& request : scratch_.requests) {
-    const IovaRange wanted = RangeOf(request.pages);
-    scratch_.runs.clear();
-    while (!runs.empty()) {
-      const auto part = runs.front().iova.intersection(wanted);
-      if (!part) break;
-      scratch_.runs.push_back(runs.front().slice(*part));
-      if (part->last() != runs.front().iova.last()) break;  // the rest is the next one's
-      runs = runs.subspan(1);
+void DmaCache::AddRequestLocked(PageRun pages, domain::Access access,
+                                std::span<const domain::PinnedRun>* pinned) {
+  std::vector<domain::PinnedRun>& runs = scratch_.runs;
+  const size_t first = runs.size();
+  const IovaRange wanted = RangeOf(pages);
+  while (!pinned->empty()) {
+    const domain::PinnedRun& run = pinned->front();
+    if (run.iova == wanted) {
+      runs.push_back(run);
+    } else if (const auto part = run.iova.intersection(wanted)) {
+      runs.push_back(run.slice(*part));
+      if (part->last() != run.iova.last()) break;  // the rest is the next one's
+    } else {
+      break;
     }
-    auto outcome = AskMapperLocked(&request, scratch_.runs);
+    *pinned = pinned->subspan(1);
+  }
+  const bool apart = runs.size() - first == 1;
+  std::vector<Request>& requests = scratch_.requests;
+  if (apart && !requests.empty() && requests.back().apart && requests.back().access == access) {
+    requests.back().pages += pages.count;
+    requests.back().runs_end = runs.size();
+  } else {
+    requests.push_back({pages.count, access, apart, runs.size()});
+  }
+}
+
+Result<void> DmaCache::AskMapperLocked() {
+  scratch_.mapped.clear();
+  const std::span<const domain::PinnedRun> runs = scratch_.runs;
+  size_t first = 0;
+  for (Request& request : scratch_.requests) {
+    auto outcome = AskMapperLocked(&request, runs.subspan(first, request.runs_end - first));
+    first = request.runs_end;
     if (outcome) continue;
     for (const MappedRun& run : scratch_.mapped) mapper_->unmap(run.address, run.iova.size());
     if (!scratch_.mapped.empty()) mapper_->flush();
@@ -225,9 +251,9 @@ Result<void> DmaCache::AskMapperLocked(std::span<const domain::PinnedRun> runs) 
 Result<void> DmaCache::AskMapperLocked(Request* request, std::span<const domain::PinnedRun> runs) {
   Result<void> outcome;
   do {
-    outcome = mapper_->map(runs, request->access, &scratch_.mapped);
-  } while (!outcome && outcome.error().code() == ErrorCode::kLimit &&
-           EvictLocked(request->pages.count));
+    outcome = request->apart ? mapper_->map_apart(runs, request->access, &scratch_.mapped)
+                             : mapper_->map(runs, request->access, &scratch_.mapped);
+  } while (!outcome && outcome.error().code() == ErrorCode::kLimit && EvictLocked(request->pages));
   request->answer_end = scratch_.mapped.size();
   counters_.mapper_calls += outcome ? 1 : 0;
   return outcome;
@@ -242,8 +268,8 @@ void DmaCache::EnterAnswersLocked(uint64_t pinned) {
       table_.map(pages, run.address.page(), DmaUser::WantedFlags(request.access) | pinned);
       reverse_.add(pages, run.address.page());
     }
-    counters_.cached_pages += request.pages.count;
-    counters_.miss_pages += request.pages.count;
+    counters_.cached_pages += request.pages;
+    counters_.miss_pages += request.pages;
   }
 }
 

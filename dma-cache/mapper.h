@@ -37,6 +37,10 @@ class Mapper {
   // as it was then.
   virtual Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access access,
                            std::vector<MappedRun>* mapped) = 0;
+  // The same for runs that have nothing to do with each other: each of them is mapped as by a map()
+  // of its own, so nothing is gained by laying them side by side. For batches of lone pages.
+  virtual Result<void> map_apart(std::span<const domain::PinnedRun> runs, domain::Access access,
+                                 std::vector<MappedRun>* mapped);
   // REQUIRES: [address, address + size) was mapped, in one piece or in any cut of it.
   virtual void unmap(DmaAddr address, uint64_t size) = 0;
   // From now on no device reaches what was unmapped before: the pins may go.

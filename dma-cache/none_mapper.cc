@@ -15,6 +15,10 @@ class NoneMapper final : public Mapper {
       mapped->push_back({run.iova, DmaAddr(std::bit_cast<uint64_t>(run.host))});
     return {};
   }
+  Result<void> map_apart(std::span<const domain::PinnedRun> runs, domain::Access access,
+                         std::vector<MappedRun>* mapped) override {
+    return map(runs, access, mapped);
+  }
   void unmap(DmaAddr, uint64_t) override {}
 };
 

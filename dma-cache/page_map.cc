@@ -57,12 +57,14 @@ typename PageMap<Leaves>::Found PageMap<Leaves>::FindFar(uint64_t page) const {
 
 template <typename Leaves>
 void PageMap<Leaves>::map(PageRun run, uint64_t target, uint64_t flags) {
-  Update(run, /*create=*/true, Mapping{run.first, target - run.first, flags});
+  const Mapping mapping{run.first, target - run.first, flags};
+  if (run.count == 1 && TryMapPage(run.first, mapping(0, run.first))) return;
+  Update(run, /*create=*/true, mapping);
 }
 
 template <typename Leaves>
 void PageMap<Leaves>::unmap(PageRun run) {
-  Update(run, /*create=*/false, Unmapping{});
+  if (run.count != 1 || !TryUnmapPage(run.first)) Update(run, /*create=*/false, Unmapping{});
   leaves_.pass(run.count);
 }
 
@@ -80,14 +82,50 @@ void PageMap<Leaves>::start_at(uint64_t page) {
 }
 
 template <typename Leaves>
+bool PageMap<Leaves>::TryMapPage(uint64_t page, uint64_t word) {
+  const uint64_t chunk = page >> kChunkShift;
+  if (chunk >= near_end_ || !Leaf::Fits(word)) return false;
+  const uint64_t chunk_word = near_[chunk].load(std::memory_order_relaxed);
+  const size_t at = page >> kGranuleShift & (kGranulePages - 1);
+  const uint64_t before = chunk_word == 0 ? 0 : NodeOf(chunk_word)->get(at);
+  if ((before & kWide) != 0) return false;
+  Leaf* leaf = before == 0 ? leaves_.take(page >> kGranuleShift) : LeafOf(before);
+  if (leaf == nullptr) return false;
+  Node* node = chunk_word == 0 ? spare_.take() : NodeOf(chunk_word);
+  node->used += before == 0 ? 1 : 0;
+  MVGPU_DCHECK(leaf->get(page & (kGranulePages - 1)) == 0);
+  leaf->set(page & (kGranulePages - 1), word);
+  node->words[at].store(WithUsed(WordFor(leaf, 0), UsedOf(before) + 1), std::memory_order_release);
+  if (chunk_word == 0) near_[chunk].store(WordFor(node, kFlat), std::memory_order_release);
+  return true;
+}
+
+template <typename Leaves>
+bool PageMap<Leaves>::TryUnmapPage(uint64_t page) {
+  const uint64_t chunk = page >> kChunkShift;
+  if (chunk >= near_end_) return false;
+  const uint64_t chunk_word = near_[chunk].load(std::memory_order_relaxed);
+  if ((chunk_word & kTable) == 0) return false;
+  Node* node = NodeOf(chunk_word);
+  auto& slot = node->words[page >> kGranuleShift & (kGranulePages - 1)];
+  const uint64_t before = slot.load(std::memory_order_relaxed);
+  if ((before & (kTable | kWide)) != kTable) return false;
+  Leaf* leaf = LeafOf(before);
+  if (leaf->get(page & (kGranulePages - 1)) == 0) return true;
+  leaf->set(page & (kGranulePages - 1), 0);
+  const uint64_t used = UsedOf(before) - 1;
+  slot.store(used == 0 ? 0 : WithUsed(before, used), std::memory_order_release);
+  if (used != 0) return true;
+  leaves_.put(page >> kGranuleShift, leaf, /*is_empty=*/true);
+  if (--node->used != 0) return true;
+  near_[chunk].store(0, std::memory_order_release);
+  retired_.push_back(node);
+  return true;
+}
+
+template <typename Leaves>
 template <typename Change>
 void PageMap<Leaves>::Update(PageRun run, bool create, const Change& change) {
-  const uint64_t first_chunk = run.first >> kChunkShift;
-  if (run.count == 1 && first_chunk < kNearChunks) {  // what misses page by page do
-    if (create) near_end_ = std::max(near_end_, first_chunk + 1);
-    UpdateChunk(near_[first_chunk], run, create, change);
-    return;
-  }
   if (create) {
     for (uint64_t chunk = run.first >> kChunkShift; chunk <= (run.end() - 1) >> kChunkShift;
          ++chunk) {

@@ -158,6 +158,10 @@ class PageMap : public PageMapFlags {
   static bool UpdateLeaf(Entries* leaf, PageRun* run, const Mapping& mapping, uint64_t* used);
   template <typename Entries>
   static bool UpdateLeaf(Entries* leaf, PageRun* run, const Unmapping& unmapping, uint64_t* used);
+  // The same for a page of a granule that has a leaf or nothing, as nearly all misses page by page
+  // are. False, and nothing is changed: it is for Update().
+  bool TryMapPage(uint64_t page, uint64_t word);
+  bool TryUnmapPage(uint64_t page);
   uint64_t ExpandChunk(uint64_t word);
   uint64_t ExpandGranule(uint64_t word, uint64_t granule);
   uint64_t Widen(uint64_t word, uint64_t granule);

@@ -63,8 +63,8 @@ Result<void> PhysicalMapper::ForEachEntry(const domain::PinnedRun& run, Visit vi
 }
 
 // A page that the kernel is moving, or tries in vain to move because it is pinned, reads as swapped
-// out (a migration entry) meanwhile; a fault waits for the end of that. Populating is the fault that
-// a truncated file can't turn into SIGBUS.
+// out (a migration entry) meanwhile; a fault waits for the end of that. Populating is the fault
+// that a truncated file can't turn into SIGBUS.
 Result<Pagemap::Entry> PhysicalMapper::EntryAfterMigration(std::byte* page) const {
   madvise(page, kPageSize, MADV_POPULATE_READ);
   Pagemap::Entry entry;

@@ -40,6 +40,10 @@ class PhysicalMapper final : public Mapper {
   // kSystem.
   Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access access,
                    std::vector<MappedRun>* mapped) override;
+  Result<void> map_apart(std::span<const domain::PinnedRun> runs, domain::Access access,
+                         std::vector<MappedRun>* mapped) override {
+    return map(runs, access, mapped);
+  }
   void unmap(DmaAddr address, uint64_t size) override;
   // Looks at every page of the run again. False also when it cannot be looked at any more.
   bool is_current(const domain::PinnedRun& run, DmaAddr address) override;

@@ -72,7 +72,11 @@ void DmaCache::AppendExtents(PageRun pages, std::vector<Extent>* extents) const 
 void DmaCache::UnpinLocked(std::span<const Extent> extents, bool for_write) {
   const domain::Access access = for_write ? domain::Access::kWrite : domain::Access::kRead;
   std::vector<PageRun>& runs = scratch_.unpinned;
+  uint64_t flags = 0;
+  for (const Extent& extent : extents) flags |= extent.flags;
+  if ((flags & PinnedFlag(for_write)) == 0) return;
   for (const auto form : {domain::PinCounts::Form::kDense, domain::PinCounts::Form::kRuns}) {
+    if (form == domain::PinCounts::Form::kRuns && (flags & AsRunsFlag(for_write)) == 0) return;
     const uint64_t as_runs =
         form == domain::PinCounts::Form::kRuns ? AsRunsFlag(for_write) : uint64_t{0};
     runs.clear();

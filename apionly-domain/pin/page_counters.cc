@@ -19,6 +19,15 @@ void* MapArray(size_t size) {
   return array;
 }
 
+// As a run of its own, or as a part of the last one that goes on there.
+void Append(PageRun pages, std::vector<PageRun>* runs) {
+  if (!runs->empty() && runs->back().end() == pages.first) {
+    runs->back().count += pages.count;
+  } else {
+    runs->push_back(pages);
+  }
+}
+
 }  // namespace
 
 PageCounters::PageCounters()
@@ -78,6 +87,7 @@ bool PageCounters::all_held_twice(PageRun run) const {
 }
 
 void PageCounters::add(PageRun run) {
+  if (run.count == 1) return AddOne(GetChunk(run.first >> kChunkShift), run.first);
   for (uint64_t page = run.first; page < run.end();) {
     const uint64_t end = std::min(run.end(), (page | kChunkMask) + 1);
     AddInChunk(GetChunk(page >> kChunkShift), {page, end - page});
@@ -139,6 +149,10 @@ void PageCounters::AddToMany(Chunk* chunk, uint64_t page) {
 }
 
 void PageCounters::remove(PageRun run, std::vector<PageRun>* freed) {
+  if (run.count == 1 && holds(run.first)) {
+    if (RemoveOne(FindChunk(run.first >> kChunkShift), run.first)) Append(run, freed);
+    return;
+  }
   for (uint64_t page = run.first; page < run.end();) {
     const uint64_t end = std::min(run.end(), (page | kChunkMask) + 1);
     Chunk* chunk = FindChunk(page >> kChunkShift);
@@ -149,13 +163,6 @@ void PageCounters::remove(PageRun run, std::vector<PageRun>* freed) {
 }
 
 void PageCounters::RemoveInChunk(Chunk* chunk, PageRun run, std::vector<PageRun>* freed) {
-  const auto append = [freed](PageRun gone) {
-    if (!freed->empty() && freed->back().end() == gone.first) {
-      freed->back().count += gone.count;
-    } else {
-      freed->push_back(gone);
-    }
-  };
   for (uint64_t page = run.first; page < run.end();) {
     const uint64_t word_first = page - page % kPagesPerWord;
     const uint64_t end = std::min(run.end(), word_first + kPagesPerWord);
@@ -165,11 +172,11 @@ void PageCounters::RemoveInChunk(Chunk* chunk, PageRun run, std::vector<PageRun>
       word &= ~mask;
       chunk->held -= end - page;
       held_pages_ -= end - page;
-      append({page, end - page});
+      Append({page, end - page}, freed);
       page = end;
     }
     for (; page < end; ++page) {
-      if (RemoveOne(chunk, page)) append({page, 1});
+      if (RemoveOne(chunk, page)) Append({page, 1}, freed);
     }
   }
 }
@@ -262,7 +269,7 @@ const PageCounters::Chunk* PageCounters::FindChunk(uint64_t index) const {
   return it == far_.end() ? nullptr : &it->second;
 }
 
-PageCounters::Chunk* PageCounters::GetChunk(uint64_t index) {
+PageCounters::Chunk* PageCounters::OpenChunk(uint64_t index) {
   const bool is_near = index < kNearChunks;
   if (is_near && index >= near_.size()) near_.resize(index + 1);
   Chunk& chunk = is_near ? near_[index] : far_[index];

@@ -165,7 +165,13 @@ class PageCounters {
     return const_cast<Chunk*>(std::as_const(*this).FindChunk(index));
   }
   const Chunk* FindChunk(uint64_t index) const;
-  Chunk* GetChunk(uint64_t index);
+  Chunk* GetChunk(uint64_t index) {
+    if (index < near_.size() && near_[index].words != nullptr) [[likely]] {
+      return &near_[index];
+    }
+    return OpenChunk(index);
+  }
+  Chunk* OpenChunk(uint64_t index);
   void AddInChunk(Chunk* chunk, PageRun run);
   void RemoveInChunk(Chunk* chunk, PageRun run, std::vector<PageRun>* freed);
   void AddOne(Chunk* chunk, uint64_t page);

@@ -50,6 +50,7 @@ class PinCounts {
   bool any(PageRun run) const;
 
   bool empty() const { return dense_.held_pages() == 0 && runs_.empty(); }
+  bool has_runs() const { return !runs_.empty(); }
   PageCounters& dense() { return dense_; }
   const PageCounters& dense() const { return dense_; }
   // Gives back counters of pages in the run, where nothing is held.

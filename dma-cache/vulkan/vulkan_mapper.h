@@ -54,6 +54,10 @@ class VulkanMapper final : public Mapper {
   std::string_view name() const override { return "vulkan"; }
   Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access access,
                    std::vector<MappedRun>* mapped) override;
+  Result<void> map_apart(std::span<const domain::PinnedRun> runs, domain::Access access,
+                         std::vector<MappedRun>* mapped) override {
+    return map(runs, access, mapped);
+  }
   void unmap(DmaAddr address, uint64_t size) override;
   void flush() override;
   // pieces, import_bytes, mapped_pages: now. imports, vulkan_calls: since creation.

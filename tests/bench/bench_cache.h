@@ -31,6 +31,10 @@ class ScatteringMapper final : public dma::Mapper {
     }
     return {};
   }
+  Result<void> map_apart(std::span<const domain::PinnedRun> runs, domain::Access access,
+                         std::vector<dma::MappedRun>* mapped) override {
+    return map(runs, access, mapped);
+  }
   void unmap(DmaAddr, uint64_t) override {}
   DmaAddr AddressOf(uint64_t page) const {
     return DmaAddr(BytesIn((page * 0x9e3779b97f4a7c15u) & mask_));

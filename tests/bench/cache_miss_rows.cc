@@ -30,9 +30,7 @@ struct Empty final : dma::DmaUser::Owner {
     mapped.clear();
     auto pin = context->pin_misses(wanted, kAccess);
     MVGPU_CHECK(pin.has_value());
-    for (const domain::PinnedRun& run : pin->runs()) {
-      MVGPU_CHECK(mapper->map({&run, 1}, kAccess, &mapped).has_value());
-    }
+    MVGPU_CHECK(mapper->map_apart(pin->runs(), kAccess, &mapped).has_value());
     for (const dma::MappedRun& run : mapped) mapper->unmap(run.address, run.iova.size());
     mapper->flush();
     context->release_last(wanted, kAccess, pin->keep());

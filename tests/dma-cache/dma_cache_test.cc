@@ -379,6 +379,112 @@ TEST_F(DmaCacheTest, EveryPageOfASplitThatFailsIsReleasedOnce) {
   EXPECT_THAT(Release(*loose), IsOk());
 }
 
+// A mapper that notes for how many runs it was asked, and how.
+class NotingMapper final : public Mapper {
+ public:
+  static constexpr uint64_t kBase = uint64_t{1} << 40;  // from IOVA to device address
+
+  std::string_view name() const override { return "noting"; }
+  Result<void> map(std::span<const domain::PinnedRun> runs, domain::Access,
+                   std::vector<MappedRun>* mapped) override {
+    calls.push_back({"together", runs.size()});
+    Give(runs, mapped);
+    return {};
+  }
+  Result<void> map_apart(std::span<const domain::PinnedRun> runs, domain::Access,
+                         std::vector<MappedRun>* mapped) override {
+    calls.push_back({"apart", runs.size()});
+    Give(runs, mapped);
+    return {};
+  }
+  void unmap(DmaAddr, uint64_t size) override { unmapped_pages += PagesIn(size); }
+
+  std::vector<std::pair<std::string, size_t>> calls;
+  uint64_t unmapped_pages = 0;
+
+ private:
+  static void Give(std::span<const domain::PinnedRun> runs, std::vector<MappedRun>* mapped) {
+    for (const domain::PinnedRun& run : runs) {
+      mapped->push_back({run.iova, DmaAddr(kBase + run.iova.start().value())});
+    }
+  }
+};
+
+TEST_F(DmaCacheTest, LonePagesOfABatchAreOneCallOfTheMapper) {
+  MapScattered(200, 3);
+  ASSERT_THAT(MapRam(300, 500, 1, domain::Access::kRead), IsOk());
+  ASSERT_THAT(MapRam(301, 501, 1), IsOk());
+  NotingMapper mapper;
+  DmaCache cache(domain_.get(), &mapper);
+  Party user(&cache);
+  const std::vector<uint64_t> pages = {90, 4, 7, 201, 200, 301, 300, 3, 60};
+  std::vector<Iova> iovas;
+  for (const uint64_t page : pages) iovas.emplace_back(BytesIn(page) + page);
+  std::vector<DmaAddr> addresses(pages.size());
+  const auto epoch = user->map_pages(iovas, Direction::kToDevice, addresses);
+  ASSERT_THAT(epoch, IsOk());
+  for (size_t i = 0; i < pages.size(); ++i) {
+    EXPECT_EQ(addresses[i], DmaAddr(NotingMapper::kBase + iovas[i].value())) << pages[i];
+  }
+  // 3-4, 7, 60, 90; the row 200-201; the page that may only be read; the one behind it.
+  using Calls = std::vector<std::pair<std::string, size_t>>;
+  EXPECT_EQ(mapper.calls, (Calls{{"apart", 4}, {"together", 2}, {"apart", 1}, {"apart", 1}}));
+  EXPECT_EQ(cache.counters().mapper_calls, 4u);
+  EXPECT_EQ(cache.counters().miss_pages, 9u);
+  EXPECT_THAT(user->unmap_pages(iovas, Direction::kToDevice, *epoch), IsOk());
+  EXPECT_EQ(mapper.unmapped_pages, 9u);
+  EXPECT_EQ(cache.counters().cached_pages, 0u);
+}
+
+TEST_F(DmaCacheTest, RunsApartAreMappedAllOrNone) {
+  std::vector<domain::PinnedRun> runs;
+  for (uint64_t i = 0; i < 5; ++i) runs.push_back({MakeRange(BytesIn(9 * i), kPageSize), nullptr});
+  const MappedRun before{MakeRange(BytesIn(7), kPageSize), DmaAddr(BytesIn(3))};
+  int flushes = 0;
+  mapper_.on_flush = [&flushes] { ++flushes; };
+  for (uint64_t n = 1; n <= runs.size(); ++n) {
+    std::vector<MappedRun> mapped{before};
+    mapper_.fail_at_call = n;
+    EXPECT_THAT(mapper_.map_apart(runs, domain::Access::kRead, &mapped),
+                FailsWith(ErrorCode::kLimit));
+    EXPECT_EQ(mapped, std::vector<MappedRun>{before}) << n;
+    EXPECT_EQ(mapper_.mapped_pages(), 0u) << n;
+    EXPECT_EQ(flushes, static_cast<int>(n) - 1);  // none where nothing was mapped
+  }
+  std::vector<MappedRun> mapped{before};
+  ASSERT_THAT(mapper_.map_apart(runs, domain::Access::kRead, &mapped), IsOk());
+  ASSERT_EQ(mapped.size(), 6u);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    EXPECT_EQ(mapped[i + 1].iova, runs[i].iova);
+    mapper_.unmap(mapped[i + 1].address, kPageSize);
+  }
+}
+
+// More of them than idle pages: those go, all of the batch is asked for once more.
+TEST_F(DmaCacheTest, ABatchThatTheMapperHasNoRoomForTakesThatOfIdlePages) {
+  DmaCache cache(domain_.get(), &mapper_, DmaCache::Options{.idle_limit_pages = 16});
+  Party user(&cache);
+  const auto use = [&](uint64_t first) {
+    std::vector<Iova> iovas;
+    for (uint64_t i = 0; i < 4; ++i) iovas.emplace_back(BytesIn(first + 2 * i));
+    std::vector<DmaAddr> addresses(iovas.size());
+    const auto epoch = user->map_pages(iovas, Direction::kToDevice, addresses);
+    ASSERT_THAT(epoch, IsOk());
+    for (size_t i = 0; i < iovas.size(); ++i) {
+      EXPECT_EQ(mapper_.iova_page_at(addresses[i]), iovas[i].page());
+    }
+    EXPECT_THAT(user->unmap_pages(iovas, Direction::kToDevice, *epoch), IsOk());
+  };
+  use(0);
+  for (uint64_t n = 1; n <= 4; ++n) {
+    mapper_.fail_at_call = n;
+    use(8 * n);
+    EXPECT_EQ(cache.counters().idle_pages, 4u);
+    EXPECT_EQ(cache.counters().evicted_pages, 4 * n);
+    EXPECT_EQ(mapper_.mapped_pages(), 4u);
+  }
+}
+
 TEST_F(DmaCacheTest, AHitNeedsThePermissionTheNewUseWants) {
   ASSERT_THAT(MapRam(200, 0, 1, domain::Access::kRead), IsOk());
   auto reader = Use(200, 1, Direction::kToDevice);

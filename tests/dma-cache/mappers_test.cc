@@ -5,6 +5,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <array>
 #include <bit>
 #include <cstring>
 #include <functional>
@@ -152,6 +153,32 @@ TEST_P(MappersTest, TheDeviceSeesTheGuestsBytes) {
   ExpectDeviceSeesTheGuest(*backwards);
   ExpectDeviceSeesTheGuest(*again);
   EXPECT_EQ(AddressIn(*again, Iova(0x103000)), AddressIn(*all, Iova(0x103000)));
+}
+
+// Lone pages, of which the mapper gets all in one call; some lie side by side in memory or for the
+// device, and still go back one by one.
+TEST_P(MappersTest, PagesOfABatchAreTrueAndGoBackOneByOne) {
+  std::vector<Iova> pages;
+  for (const uint64_t at : {0x1006000, 0x100000, 0x102000, 0x10e000, 0x1000000, 0x1004000}) {
+    pages.emplace_back(at + 0x18);
+  }
+  std::vector<DmaAddr> addresses(pages.size());
+  const auto epoch = (*user_)->map_pages(pages, Direction::kToDevice, addresses);
+  ASSERT_THAT(epoch, IsOk());
+  for (size_t gone = 0; gone < pages.size(); ++gone) {
+    for (size_t i = gone; i < pages.size(); ++i) {
+      std::array<std::byte, 64> expected;
+      ASSERT_THAT(domain_->read(pages[i], expected), IsOk());
+      const std::byte* seen = device_->follow(addresses[i]);
+      ASSERT_NE(seen, nullptr) << i;
+      EXPECT_EQ(std::memcmp(seen, expected.data(), expected.size()), 0) << i;
+    }
+    EXPECT_THAT((*user_)->unmap_pages({&pages[gone], 1}, Direction::kToDevice, *epoch), IsOk());
+    if (device_->can_revoke) {
+      EXPECT_EQ(device_->follow(addresses[gone]), nullptr) << gone;
+    }
+  }
+  EXPECT_EQ(domain_->counters().unique_pages, 0u);
 }
 
 TEST_P(MappersTest, AddressesStayTrueAsLongAsTheyAreUsed) {

@@ -144,6 +144,29 @@ TEST(PageMapTest, AChunkOfLeavesMayGetARunAndLoseIt) {
   EXPECT_EQ(WordNear(map, 1031) >> kPageShift, 5007u);
 }
 
+TEST(PageMapTest, SinglePagesThatCameAndWentLeaveAChunkAsItWas) {
+  constexpr uint64_t kChunk = 1 << 18;
+  PageMap<FlatLeaves> map;
+  for (int round = 0; round < 2; ++round) {
+    for (const uint64_t page : {7, 8, 700}) map.map({page, 1}, 100 + page, Flags::kRead);
+    map.unmap({9, 1});  // where nothing is, in a leaf, in none, in no chunk
+    map.unmap({5000, 1});
+    map.unmap({kChunk + 7, 1});
+    for (const uint64_t page : {7, 8, 700}) {
+      EXPECT_EQ(map.find(page).target(), 100 + page);
+      EXPECT_EQ(WordNear(map, page) >> kPageShift, 100 + page);
+      EXPECT_FALSE(map.has_retired());
+      map.unmap({page, 1});
+      EXPECT_EQ(WordNear(map, page), 0u);
+    }
+    EXPECT_TRUE(map.has_retired());
+    map.reclaim();
+    map.map({0, kChunk}, 3 * kChunk, Flags::kRead);
+    EXPECT_EQ(map.find(0).left, kChunk);
+    map.unmap({0, kChunk});
+  }
+}
+
 TEST(FlatLeavesTest, WhatIsEmptyForLongGivesItsMemoryBackAndReadsAsNothing) {
   PageMap<FlatLeaves> map;
   constexpr uint64_t kGroup = 16 * 512;  // pages of a group
