@@ -116,9 +116,10 @@ std::string KernelFigureOf(std::string_view pin_backend) {
 
 // What the kernel counts more than once, and nobody can help.
 void RenderCountedAgain(Out out, const LedgerSnapshot::Row& row) {
-  if (row.pin_backend != "vfio-type1" || row.locked_pages <= row.unique_pages) return;
-  fmt::format_to(out, "  {}: {} pages counted again by vfio-type1, at each further iova\n",
-                 Shortened(row.name, 15), row.locked_pages - row.unique_pages);
+  const bool is_device = row.pin_backend == "vfio-type1" || row.pin_backend == "iommufd";
+  if (!is_device || row.locked_pages <= row.unique_pages) return;
+  fmt::format_to(out, "  {}: {} pages counted again by {}, at each further iova\n",
+                 Shortened(row.name, 15), row.locked_pages - row.unique_pages, row.pin_backend);
 }
 
 // Two lines, so that large counts fit into 100 columns.

@@ -4,11 +4,12 @@
 #include <sys/sysmacros.h>
 
 #include <algorithm>
-#include <cinttypes>
-#include <cstdio>
+#include <charconv>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
+#include <string_view>
 #include <utility>
 
 namespace mvgpu::backend {
@@ -19,22 +20,41 @@ using domain::Liveness;
 
 namespace {
 
-using MappedFiles = std::set<std::pair<uint64_t, uint64_t>>;  // device, inode
+using Files = std::set<std::pair<uint64_t, uint64_t>>;  // device, inode
 
-// proc(5): address perms offset major:minor inode path. False when the process may not be looked
-// at.
-bool AddMappedFiles(uint32_t pid, MappedFiles& files) {
+// The file of a line of proc(5) maps: address perms offset major:minor inode path.
+std::optional<std::pair<uint64_t, uint64_t>> FileIn(std::string_view line) {
+  for (int field = 0; field < 3; ++field) {
+    const size_t space = line.find(' ');
+    if (space == line.npos) return std::nullopt;
+    line.remove_prefix(space + 1);
+  }
+  const char* at = line.data();
+  const char* const end = at + line.size();
+  const auto take = [&](auto* number, int base, char behind) {
+    const auto [stop, error] = std::from_chars(at, end, *number, base);
+    if (error != std::errc() || stop == end || *stop != behind) return false;
+    at = stop + 1;
+    return true;
+  };
+  unsigned major = 0;
+  unsigned minor = 0;
+  uint64_t inode = 0;
+  if (!take(&major, 16, ':') || !take(&minor, 16, ' ') || !take(&inode, 10, ' ')) {
+    return std::nullopt;
+  }
+  return std::pair(makedev(major, minor), inode);
+}
+
+// Takes what the process maps off the list. False when it may not be looked at. A process with
+// locks here and there has thousands of lines, so no more of them are read than it takes.
+bool StrikeMapped(uint32_t pid, Files& missing) {
   std::ifstream maps(fmt::format("/proc/{}/maps", pid));
   if (!maps.is_open()) return false;
-  for (std::string line; std::getline(maps, line);) {
-    unsigned major = 0;
-    unsigned minor = 0;
-    uint64_t inode = 0;
-    if (std::sscanf(line.c_str(), "%*s %*s %*s %x:%x %" SCNu64, &major, &minor, &inode) == 3) {
-      files.insert({makedev(major, minor), inode});
-    }
+  for (std::string line; !missing.empty() && std::getline(maps, line);) {
+    if (const auto file = FileIn(line)) missing.erase(*file);
   }
-  return maps.eof();
+  return missing.empty() || maps.eof();
 }
 
 void CheckOwners(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
@@ -77,15 +97,19 @@ void CheckLocked(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
 }
 
 void CheckFiles(const AuditReport::Vm& vm, std::vector<Finding>& findings) {
-  MappedFiles mapped;
+  Files missing;
+  for (const LedgerSnapshot::File& file : vm.ledger.files) {
+    if (file.unique_pages != 0) missing.insert({file.identity.device, file.identity.inode});
+  }
+  std::set<uint32_t> seen;
   for (const LedgerSnapshot::Row& row : vm.ledger.rows) {
     if (row.liveness == Liveness::kDead) continue;
-    if (row.liveness == Liveness::kUnknown || !AddMappedFiles(row.owner.pid, mapped)) return;
+    if (row.liveness == Liveness::kUnknown) return;
+    if (!seen.insert(row.owner.pid).second) continue;
+    if (!StrikeMapped(row.owner.pid, missing)) return;
   }
   for (const LedgerSnapshot::File& file : vm.ledger.files) {
-    if (file.unique_pages == 0 || mapped.contains({file.identity.device, file.identity.inode})) {
-      continue;
-    }
+    if (!missing.contains({file.identity.device, file.identity.inode})) continue;
     findings.push_back(
         {Finding::Kind::kNotMapped, vm.ledger.vm_uuid, std::nullopt,
          fmt::format("{} pages of file {}:{} are held, but no living process of the vm maps it",

@@ -64,7 +64,8 @@ struct Describe {
                        WordOfAccess(e.access), e.group, e.is_last ? 1 : 0);
   }
   std::string operator()(const domain::PageResponseEvent& e) const {
-    return fmt::format("page-response group {:#x} code {}", e.group, static_cast<unsigned>(e.code));
+    return fmt::format("page-response group {:#x} code {}", e.group,
+                       static_cast<unsigned>(e.answer));
   }
 };
 
@@ -87,7 +88,9 @@ class Listener final : public domain::IommuListener {
   std::vector<std::string> heard_;
 };
 
-class Viommu final : public World::Part, private domain::VtdIommu::Owner {
+class Viommu final : public World::Part,
+                     public domain::FaultSource,
+                     private domain::VtdIommu::Owner {
  public:
   static constexpr World::Slot kSlot = World::Slot::kViommu;
   static constexpr std::string_view kMaker = "vtd-unit RID";
@@ -107,6 +110,7 @@ class Viommu final : public World::Part, private domain::VtdIommu::Owner {
   TableBuilder& tables() { return tables_; }
   uint64_t fault_events() const { return fault_events_; }
   uint64_t wait_events() const { return wait_events_; }
+  uint64_t page_request_events() const { return page_request_events_; }
 
   Result<void> listen(const std::string& name, domain::IommuEventKinds kinds,
                       std::optional<DeviceSpace> space) {
@@ -145,6 +149,16 @@ class Viommu final : public World::Part, private domain::VtdIommu::Owner {
     unit_.run_queue();
     return {};
   }
+  // The device's end of a page request: what it was answered.
+  void on_answer(const domain::FaultGroup& group, domain::FaultAnswer answer) override {
+    answers_.push_back(fmt::format("group {:#x} code {}", group.id, static_cast<unsigned>(answer)));
+  }
+  std::string take_answers() {
+    std::string text =
+        answers_.empty() ? "nothing" : fmt::format("{}", fmt::join(answers_, " then "));
+    answers_.clear();
+    return text;
+  }
   // Guest-physical memory as the device reads it behind the unit.
   Result<std::string> bytes(uint64_t address, uint64_t count) const {
     std::array<std::byte, 32> bytes{};
@@ -157,10 +171,12 @@ class Viommu final : public World::Part, private domain::VtdIommu::Owner {
  private:
   void on_fault_event() override { ++fault_events_; }
   void on_wait_event() override { ++wait_events_; }
+  void on_page_request_event() override { ++page_request_events_; }
   void on_interrupt_entries_invalid(const domain::InterruptEntryInvalidation&) override {}
 
   Guest& guest_;
   TableBuilder tables_;
+  std::vector<std::string> answers_;  // the unit's end answers what waits
   domain::IommuObject object_{{}};
   domain::VtdIommu unit_;
   std::map<std::string, Listener> listeners_;
@@ -168,6 +184,7 @@ class Viommu final : public World::Part, private domain::VtdIommu::Owner {
   uint64_t tail_ = 0;
   uint64_t fault_events_ = 0;
   uint64_t wait_events_ = 0;
+  uint64_t page_request_events_ = 0;
 };
 
 Result<std::string> MakeUnit(World& world, const Arguments& arguments) {
@@ -270,14 +287,26 @@ Result<std::string> DeviceReads(World& world, const Arguments& arguments) {
 
 Result<std::string> RequestPage(World& world, const Arguments& arguments) {
   MVGPU_ASSIGN_OR_RETURN(Viommu* const viommu, world.part<Viommu>());
-  MVGPU_ASSIGN_OR_RETURN(VtdRequest request,
+  MVGPU_ASSIGN_OR_RETURN(const VtdRequest request,
                          RequestOf(arguments.numbers, true, AccessOfWord(arguments.words[0])));
   MVGPU_RETURN_IF_ERROR(CheckBounds("group", arguments.numbers[3], 0, 511));
-  request.kind = VtdRequest::Kind::kPage;
-  const auto asked = viommu->unit().request_page(
-      request, static_cast<uint16_t>(arguments.numbers[3]), /*is_last=*/true);
-  if (asked) return std::string("asked");
-  return fmt::format("fault {:#x}", asked.error().reason);
+  domain::FaultGroup group{.device = request.source,
+                           .pasid = request.pasid,
+                           .id = static_cast<uint32_t>(arguments.numbers[3])};
+  group.requests.push_back({.rights = request.wanted.rights, .address = request.address});
+  MVGPU_RETURN_IF_ERROR(viommu->unit().submit(std::move(group), viommu));
+  return std::string("asked");
+}
+
+Result<std::string> Answers(World& world, const Arguments&) {
+  MVGPU_ASSIGN_OR_RETURN(Viommu* const viommu, world.part<Viommu>());
+  return viommu->take_answers();
+}
+
+Result<std::string> SetPageQueue(World& world, const Arguments& arguments) {
+  MVGPU_ASSIGN_OR_RETURN(Viommu* const viommu, world.part<Viommu>());
+  viommu->unit().page_requests().set_address(arguments.numbers[0] & ~kPageMask);
+  return std::string("empty");
 }
 
 Result<std::string> Listen(World& world, const Arguments& arguments) {
@@ -322,6 +351,7 @@ Result<std::string> Figure(World& world, const Arguments& arguments) {
   if (which == "hits") return fmt::format("{}", counters.page_hits);
   if (which == "faults") return fmt::format("{}", counters.faults);
   if (which == "fault-events") return fmt::format("{}", viommu->fault_events());
+  if (which == "page-request-events") return fmt::format("{}", viommu->page_request_events());
   return fmt::format("{}", viommu->wait_events());
 }
 
@@ -345,12 +375,15 @@ constexpr Command kCommands[] = {
     {"vtd-translate RID PASID ADDRESS r|w|rw", Translate},
     {"vtd-translate RID no-pasid ADDRESS r|w|rw", Translate},
     {"vtd-bytes RID PASID ADDRESS COUNT", DeviceReads},
+    {"vtd-page-queue RING", SetPageQueue},
     {"vtd-page-request RID PASID ADDRESS GROUP r|w|rw", RequestPage},
+    {"vtd-answers", Answers},
     {"listen NAME all|bindings", Listen},
     {"listen NAME to RID PASID", ListenToSpace},
     {"unlisten NAME", Unlisten},
     {"heard NAME", Heard},
-    {"vtd bypassed|bindings|walks|hits|faults|fault-events|wait-events", Figure},
+    {"vtd bypassed|bindings|walks|hits|faults|fault-events|wait-events|page-request-events",
+     Figure},
     {"vtd-fault RECORD", FaultRecord},
 };
 

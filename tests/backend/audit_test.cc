@@ -328,6 +328,13 @@ TEST_F(AuditTest, WhatVfioCountsAgainIsNamed) {
   EXPECT_THAT(Show().out, HasSubstr("  nic: pinned by vfio-type1 (VmLck), 1-page granules\n"
                                     "  nic: 64 pages counted again by vfio-type1, at each further "
                                     "iova\n"));
+  auto disk = ledger->join(DomainKind::kAssignedDevice, "disk", "iommufd");
+  ASSERT_THAT(disk, IsOk());
+  ASSERT_THAT((*disk)->hold(kRam, 50000, {0, 10}), IsOk());
+  (*disk)->set_locked_pages(13);
+  EXPECT_THAT(Show().out, HasSubstr("  disk: 3 pages counted again by iommufd, at each further "
+                                    "iova\n"));
+  (*disk)->release(kRam, {0, 10});
   (*nic)->release(kRam, {0, 100});
 }
 
