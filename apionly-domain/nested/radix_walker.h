@@ -77,31 +77,45 @@ class RadixWalker final : public TableWalker {
     friend class RadixWalker;
     static constexpr size_t kMostLevels = 6;
 
-    const Cursor* shared(const Format& format, uint64_t root, uint64_t address) const {
-      if (root != root_) return nullptr;
+    // Field by field: copying a cursor that was just written as a whole waits for the writes.
+    struct Table {
+      uint64_t address;
+      Path path;
+    };
+
+    // False where nothing is shared.
+    bool resume(const Format& format, uint64_t root, uint64_t address, Cursor* cursor) const {
+      if (root != root_) return false;
       for (unsigned level = lowest_; level < end_; ++level) {
-        if ((address ^ address_) >> format.shift(static_cast<uint8_t>(level + 1)) == 0) {
-          return &tables_[level];
-        }
+        if ((address ^ address_) >> format.shift(static_cast<uint8_t>(level + 1)) != 0) continue;
+        cursor->table = tables_[level].address;
+        cursor->level = static_cast<uint8_t>(level);
+        cursor->input_mask = input_mask_;
+        cursor->path = tables_[level].path;
+        cursor->is_first = false;
+        return true;
       }
-      return nullptr;
+      return false;
     }
     void start(uint64_t root, uint64_t address, const Cursor& cursor) {
       root_ = root;
       address_ = address;
+      input_mask_ = cursor.input_mask;
       lowest_ = cursor.level;
       if (cursor.is_first) end_ = cursor.level;
     }
     void add(const Cursor& cursor) {
-      tables_[cursor.level] = cursor;
+      tables_[cursor.level].address = cursor.table;
+      tables_[cursor.level].path = cursor.path;
       lowest_ = cursor.level;
     }
 
     uint64_t root_ = 0;
     uint64_t address_ = 0;
+    uint64_t input_mask_ = 0;
     uint8_t lowest_ = 0;  // levels from here on ...
     uint8_t end_ = 0;     // ... to before this one are known
-    std::array<Cursor, kMostLevels> tables_;
+    std::array<Table, kMostLevels> tables_;
   };
 
   // The tables must outlive this, and so must the trail if there is one.
@@ -109,23 +123,27 @@ class RadixWalker final : public TableWalker {
       : format_(format), tables_(*tables), trail_(trail) {}
 
   WalkResult walk(uint64_t root, uint64_t address, Wanted wanted) const override {
-    auto cursor = Start(root, address);
-    if (!cursor) return tl::unexpected(StartFault(cursor.error(), address));
+    Cursor cursor;
+    if (trail_ == nullptr || !trail_->resume(format_, root, address, &cursor)) {
+      const auto start = Begin(root, address);
+      if (!start) return tl::unexpected(StartFault(start.error(), address));
+      cursor = *start;
+    }
     // Who wants nothing leaves no marks in the tables: the next one might have to.
     Trail* const trail = wanted.rights != 0 ? trail_ : nullptr;
-    if (trail != nullptr) trail->start(root, address, *cursor);
+    if (trail != nullptr) trail->start(root, address, cursor);
     while (true) {
-      const auto entry = Visit(&*cursor, address, &wanted);
+      const auto entry = Visit(&cursor, address, &wanted);
       if (!entry) return tl::unexpected(entry.error());
       if (entry->kind == TableEntry::Kind::kLeaf) {
-        const uint64_t span = SpanOf(cursor->level);
+        const uint64_t span = SpanOf(cursor.level);
         const Leaf leaf{entry->address | (address & (span - 1)), span,
-                        format_.rights(cursor->path, wanted.privileged)};
+                        format_.rights(cursor.path, wanted.privileged)};
         if (!format_.is_interrupt(leaf.out)) return leaf;
-        return tl::unexpected(MakeFault(FaultCode::kInterruptRange, cursor->level, address));
+        return tl::unexpected(MakeFault(FaultCode::kInterruptRange, cursor.level, address));
       }
-      cursor->descend(entry->address);
-      if (trail != nullptr) trail->add(*cursor);
+      cursor.descend(entry->address);
+      if (trail != nullptr) trail->add(cursor);
     }
   }
 
@@ -164,11 +182,6 @@ class RadixWalker final : public TableWalker {
     const auto start = format_.begin(root, address);
     if (start) return Cursor{*start, true};
     return tl::unexpected(start.error());
-  }
-  tl::expected<Cursor, NoStart> Start(uint64_t root, uint64_t address) const {
-    const Cursor* known = trail_ != nullptr ? trail_->shared(format_, root, address) : nullptr;
-    if (known != nullptr) return *known;
-    return Begin(root, address);
   }
   static Fault StartFault(const NoStart& none, uint64_t address) {
     return {
