@@ -258,9 +258,8 @@ int Main(int argc, char** argv) {
   app.set_version_flag("--version", MVGPU_VERSION);
   app.require_subcommand(1);
   app.footer(
-      "Exit codes: 0 as recorded, 1 something differs or was left behind, 2 command line, 3 the "
-      "trace "
-      "cannot be read or a file cannot be written.");
+      "Exit codes: 0 as recorded, 1 something differs, was left behind or could not be played, 2 "
+      "command line, 3 the trace cannot be read or a file cannot be written.");
 
   RunOptions run_options;
   CLI::App* run =

@@ -117,7 +117,7 @@ class Importer {
       return Corrupt(fmt::format("longer than {} bytes, or not readable: no text", kMaxLine));
     }
     if (!first_ns_) {
-      return Fail(ErrorCode::kInvalid,
+      return Fail(ErrorCode::kCorrupt,
                   fmt::format("{}: no dma event in {} lines; it takes a session's trace, or what "
                               "ftrace prints of dma:dma_map_* and dma:dma_unmap_*",
                               name_, line_));

@@ -27,8 +27,8 @@ struct DmaTextOptions {
   // whole GiB.
   uint64_t memory = 0;
 };
-// `name` stands in messages. Errors: kCorrupt, with the line; kInvalid where there is no dma event
-// at all; those of DmaTraceBuilder.
+// `name` stands in messages. Errors: kCorrupt, with the line, or where there is no dma event at
+// all; those of DmaTraceBuilder.
 Result<DmaTrace> ImportDmaText(std::istream& lines, const std::string& name,
                                DmaTextOptions options);
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <utility>
@@ -50,6 +51,13 @@ Result<DmaTrace> LoadSession(const CompareOptions& options, TraceReader* reader)
 }
 
 Result<DmaTrace> LoadFile(const CompareOptions& options) {
+  // Not waited for and not read for ever: a FIFO, a device.
+  std::error_code error;
+  if (std::filesystem::exists(options.trace, error) &&
+      !std::filesystem::is_regular_file(options.trace, error)) {
+    return Fail(ErrorCode::kCorrupt,
+                fmt::format("{} is not a regular file: write the trace into one", options.trace));
+  }
   std::ifstream file(options.trace, std::ios::binary);
   if (!file) return FailSystem(errno, fmt::format("cannot open the trace {}", options.trace));
   std::string magic(kTraceMagic.size(), '\0');

@@ -2,6 +2,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 #include <sys/sysinfo.h>
 
 #include <fstream>
@@ -145,11 +146,23 @@ TEST(LoadDmaTest, TellsSessionsFromText) {
   EXPECT_EQ(imported->memory_pages(), 256u);
 
   std::ofstream(dir / "short") << "MV";
-  EXPECT_THAT(LoadDma({.trace = dir / "short"}, Builtin), FailsWith(ErrorCode::kInvalid));
+  EXPECT_THAT(LoadDma({.trace = dir / "short"}, Builtin), FailsWith(ErrorCode::kCorrupt));
   EXPECT_THAT(LoadDma({.trace = dir / "missing"}, Builtin), FailsWith(ErrorCode::kSystem));
   EXPECT_THAT(LoadDma({.trace = dir.path()}, Builtin), FailsWith(ErrorCode::kCorrupt));
   std::ofstream(dir / "broken") << "MVGPUTRC and no more";
   EXPECT_THAT(LoadDma({.trace = dir / "broken"}, Builtin), FailsWith(ErrorCode::kCorrupt));
+}
+
+TEST(LoadDmaTest, WaitsForNothingThatNeverEnds) {
+  testing::TempDir dir;
+  const std::string fifo = dir / "fifo";
+  ASSERT_EQ(mkfifo(fifo.c_str(), 0600), 0);
+  for (const std::string& path : {fifo, std::string("/dev/urandom"), std::string("/")}) {
+    const auto loaded = LoadDma({.trace = path}, Builtin);
+    ASSERT_THAT(loaded, FailsWith(ErrorCode::kCorrupt)) << path;
+    EXPECT_THAT(loaded.error().message(),
+                StartsWith(path + " is not a regular file: write the trace into one"));
+  }
 }
 
 TEST(LoadDmaTest, MakesWorkloads) {

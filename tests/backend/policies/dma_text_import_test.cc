@@ -184,8 +184,8 @@ TEST(DmaTextImportTest, MistakesNameTheirLine) {
 }
 
 TEST(DmaTextImportTest, ATextWithoutDmaIsNone) {
-  EXPECT_THAT(MessageOf("", ErrorCode::kInvalid), HasSubstr("no dma event in 0 lines"));
-  EXPECT_THAT(MessageOf("hello\ndma_map_phys: no time\n", ErrorCode::kInvalid),
+  EXPECT_THAT(MessageOf("", ErrorCode::kCorrupt), HasSubstr("no dma event in 0 lines"));
+  EXPECT_THAT(MessageOf("hello\ndma_map_phys: no time\n", ErrorCode::kCorrupt),
               HasSubstr("no dma event in 2 lines"));
   EXPECT_THAT(MessageOf("#\n" + std::string(1 << 20, 'x') + "\n"), HasSubstr("line 2: longer"));
 }
