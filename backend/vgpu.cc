@@ -98,17 +98,7 @@ void Vgpu::FrameReporter::on_frame(uint32_t scanout, const gpu::FrameView& frame
 Result<Vgpu::Parts> Vgpu::MakeParts(const VgpuConfig& config) {
   Parts parts;
   parts.container = std::make_unique<domain::Container>();
-  switch (config.pin) {
-    case PinMode::kNone:
-      parts.pin_backend = domain::MakeNonePinBackend();
-      break;
-    case PinMode::kMlock:
-      parts.pin_backend = domain::MakeMlockPinBackend();
-      break;
-    case PinMode::kIoUring:
-      MVGPU_ASSIGN_OR_RETURN(parts.pin_backend, domain::MakeIoUringPinBackend());
-      break;
-  }
+  MVGPU_ASSIGN_OR_RETURN(parts.pin_backend, MakePinBackend(config.pin));
   MVGPU_RETURN_IF_ERROR(AddMapper(config, &parts));
   return parts;
 }

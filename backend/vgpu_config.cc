@@ -38,6 +38,18 @@ std::string_view PinModeName(PinMode mode) {
   return "";
 }
 
+Result<std::unique_ptr<domain::PinBackend>> MakePinBackend(PinMode mode) {
+  switch (mode) {
+    case PinMode::kMlock:
+      return domain::MakeMlockPinBackend();
+    case PinMode::kIoUring:
+      return domain::MakeIoUringPinBackend();
+    case PinMode::kNone:
+      break;
+  }
+  return domain::MakeNonePinBackend();
+}
+
 const std::map<std::string, DmaMode>& DmaModes() {
   static const std::map<std::string, DmaMode> modes = {
       {"iommu", DmaMode::kIommu},

@@ -2,10 +2,12 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
 #include <string_view>
 
 #include "apionly-domain/base/error.h"
+#include "apionly-domain/pin/pin_backend.h"
 #include "gpu-model/gpu_device.h"
 
 namespace mvgpu::backend {
@@ -40,6 +42,8 @@ struct VgpuConfig {
 // By the names that command lines and reports use.
 const std::map<std::string, PinMode>& PinModes();
 std::string_view PinModeName(PinMode mode);
+// Errors: those of MakeIoUringPinBackend().
+Result<std::unique_ptr<domain::PinBackend>> MakePinBackend(PinMode mode);
 const std::map<std::string, DmaMode>& DmaModes();
 std::string_view DmaModeName(DmaMode mode);
 

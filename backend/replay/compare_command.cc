@@ -11,7 +11,6 @@
 
 #include <nlohmann/json.hpp>
 
-#include "apionly-domain/pin/pin_backend.h"
 #include "backend/cli_options.h"
 #include "backend/policies/dma_text_import.h"
 #include "backend/policies/session_import.h"
@@ -27,18 +26,6 @@ using nlohmann::json;
 constexpr std::string_view kPublished = "published";
 // After it the policies with a clock have looked at every page twice.
 constexpr std::chrono::seconds kWarmUp = 2 * PinningPolicy::kPeriod;
-
-Result<std::unique_ptr<domain::PinBackend>> MakeBackend(PinMode mode) {
-  switch (mode) {
-    case PinMode::kMlock:
-      return domain::MakeMlockPinBackend();
-    case PinMode::kIoUring:
-      return domain::MakeIoUringPinBackend();
-    case PinMode::kNone:
-      break;
-  }
-  return domain::MakeNonePinBackend();
-}
 
 Result<DmaTrace> LoadSession(const CompareOptions& options, TraceReader* reader) {
   if (options.memory != 0) {
@@ -156,7 +143,7 @@ Result<std::vector<Compared>> Compare(const CompareOptions& options, const DmaTr
   std::vector<Compared> rows;
   for (const std::string& name : names) {
     rows.push_back({name, [&]() -> Result<PolicyFigures> {
-                      MVGPU_ASSIGN_OR_RETURN(auto backend, MakeBackend(options.pin));
+                      MVGPU_ASSIGN_OR_RETURN(auto backend, MakePinBackend(options.pin));
                       return RunPolicy(name, trace, std::move(backend), {kWarmUp});
                     }()});
   }

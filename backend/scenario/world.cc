@@ -14,7 +14,6 @@
 #include <system_error>
 
 #include "apionly-domain/memory/guarded_copy.h"
-#include "apionly-domain/pin/pin_backend.h"
 
 namespace mvgpu::backend::scenario {
 
@@ -22,18 +21,6 @@ namespace {
 
 constexpr const char* kUuid = "5ce9a410-0000-4000-8000-000000000001";
 constexpr uint64_t kMostBytesShown = 32;
-
-Result<std::unique_ptr<domain::PinBackend>> MakePinBackend(PinMode pin) {
-  switch (pin) {
-    case PinMode::kMlock:
-      return domain::MakeMlockPinBackend();
-    case PinMode::kIoUring:
-      return domain::MakeIoUringPinBackend();
-    case PinMode::kNone:
-      break;
-  }
-  return domain::MakeNonePinBackend();
-}
 
 }  // namespace
 

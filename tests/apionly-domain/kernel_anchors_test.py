@@ -10,33 +10,13 @@ import re
 import sys
 import unittest
 
+from test_tables import NAMED, rows_in, tests_in
+
 TABLE = "tests/apionly-domain/KERNEL_ANCHORS.md"
 # heading -> the numbers that its table has a line for; None: names instead of numbers
 TABLES = {"Behaviours": range(1, 78), "Lessons": range(1, 36), "Kernel fixtures": None}
 
-HEADING = re.compile(r"^## (.+)$")
-TEST = re.compile(r"^TEST(?:_F|_P)?\(\s*(\w+),\s*(\w+)\)", re.MULTILINE)
-NAMED = re.compile(r"`(\w+)\.(\w+)`")
 EXCUSE = re.compile(r"^(does not apply: \S.+|later: issue [456]\b.*)$")
-
-
-def tests_in(root):
-    """Suite.Test of every test in the sources."""
-    return {f"{suite}.{name}"
-            for path in (root / "tests").rglob("*.cc")
-            for suite, name in TEST.findall(path.read_text(encoding="utf-8"))}
-
-
-def rows_in(text):
-    """heading -> lines of its table, as lists of cells."""
-    rows, heading = {}, None
-    for line in text.splitlines():
-        if match := HEADING.match(line):
-            heading = match[1]
-            rows[heading] = []
-        elif heading and line.startswith("|"):
-            rows[heading].append([cell.strip() for cell in line.strip("|").split("|")])
-    return {heading: lines[2:] for heading, lines in rows.items()}  # without the table's head
 
 
 def problems(text, tests):

@@ -11,13 +11,12 @@ import sys
 import tempfile
 import unittest
 
+from test_tables import NAMED, rows_in, tests_in
+
 TABLE = "tests/apionly-domain/SEED_VECTORS.md"
 # heading -> how many vectors its system has
 TABLES = {"zPCI": 12, "VT-d": 14, "SMMUv3": 9, "coIOMMU": 5, "KVMGT": 4, "Importers": 3}
 
-HEADING = re.compile(r"^## (.+)$")
-TEST = re.compile(r"^TEST(?:_F|_P)?\(\s*(\w+),\s*(\w+)\)", re.MULTILINE)
-NAMED = re.compile(r"`(\w+)\.(\w+)`")
 EXCUSE = re.compile(r"^later: \S.+$")
 INCLUDE = re.compile(r'^#include "(tests/[^"]+)"', re.MULTILINE)
 # As C++ and as scripts write it, in any case, with digits apart.
@@ -38,25 +37,6 @@ def numbers_of(root, path, seen):
     for included in INCLUDE.findall(text):
         numbers |= numbers_of(root, root / included, seen)
     return numbers
-
-
-def tests_in(root):
-    """Suite.Test -> the file that it is in."""
-    return {f"{suite}.{name}": path
-            for path in (root / "tests").rglob("*.cc")
-            for suite, name in TEST.findall(path.read_text(encoding="utf-8"))}
-
-
-def rows_in(text):
-    """heading -> lines of its table, as lists of cells."""
-    rows, heading = {}, None
-    for line in text.splitlines():
-        if match := HEADING.match(line):
-            heading = match[1]
-            rows[heading] = []
-        elif heading and line.startswith("|"):
-            rows[heading].append([cell.strip() for cell in line.strip("|").split("|")])
-    return {heading: lines[2:] for heading, lines in rows.items()}  # without the table's head
 
 
 def problems_of_row(root, cells, tests):

@@ -57,7 +57,8 @@ TEST(DmaTextImportTest, AMapIsABufferThatTheDeviceTouches) {
   const auto trace = Import(Line(kMap));
   ASSERT_THAT(trace, IsOk());
   ASSERT_EQ(trace->buffers.size(), 1u);
-  EXPECT_THAT(trace->buffers[0].parts, ElementsAre(PageRun{0xabcd, 2}));
+  EXPECT_THAT(trace->buffers[0].parts,
+              ElementsAre(PageRun{0xabcd000 >> kPageShift, 0x2000 >> kPageShift}));
   EXPECT_EQ(trace->buffers[0].direction, dma::Direction::kToDevice);
   EXPECT_THAT(KindsOf(*trace), ElementsAre(Kind::kMap, Kind::kAccess));
   EXPECT_EQ(trace->events[1].count, 2u);
