@@ -332,9 +332,10 @@ TEST(ReplayCompareTest, ShowsThePoliciesThatAreAskedFor) {
   EXPECT_THAT(text.out, ::testing::Not(HasSubstr("coiommu")));
   const Ran all = RunReplay({"compare", MVGPU_TRACE, "--json"});
   EXPECT_EQ(all.exit_code, 0) << all.err;
-  ASSERT_TRUE(all.report().is_object()) << all.out;
-  EXPECT_EQ(all.report()["policies"].size(), 8u);
-  for (const json& policy : all.report()["policies"]) EXPECT_EQ(policy["ok"], true) << policy;
+  const json report = all.report();
+  ASSERT_TRUE(report.is_object()) << all.out;
+  EXPECT_EQ(report["policies"].size(), 8u);
+  for (const json& policy : report["policies"]) EXPECT_EQ(policy["ok"], true) << policy;
 }
 
 TEST(ReplayCompareTest, APolicyThatCannotBePlayedIsARowAndAnExitCode) {
