@@ -151,6 +151,9 @@ class DmaCache final : public domain::PinOwner {
   void AddRequestLocked(PageRun pages, domain::Access access,
                         std::span<const domain::PinnedRun>* pinned)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The same for what is one run.
+  void AddRunLocked(const domain::PinnedRun& run, uint64_t pages, domain::Access access)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Result<void> AskMapperLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Result<void> AskMapperLocked(Request* request, std::span<const domain::PinnedRun> runs)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -162,8 +165,8 @@ class DmaCache final : public domain::PinOwner {
   bool Release(DmaUser* user, std::span<const PageRun> pages, bool for_write, uint64_t epoch);
   bool ReleaseLocked(DmaUser* user, std::span<const PageRun> pages, bool for_write, uint64_t epoch)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Pages that a user does not hold for this kind any more.
-  void LetGoLocked(std::vector<PageRun>* pages, bool for_write)
+  // Pages that the user does not hold for this kind any more.
+  void LetGoLocked(const DmaUser* by, std::vector<PageRun>* pages, bool for_write)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void AppendExtents(PageRun pages, std::vector<Extent>* extents) const
       ABSL_SHARED_LOCKS_REQUIRED(mutex_);

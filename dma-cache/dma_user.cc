@@ -31,6 +31,14 @@ bool TryRemove(domain::PinCounts* counts, PageRun pages) {
          counts->try_remove(pages, form);
 }
 
+void AppendPage(uint64_t page, std::vector<PageRun>* runs) {
+  if (!runs->empty() && runs->back().end() == page) {
+    ++runs->back().count;
+  } else {
+    runs->push_back({page, 1});
+  }
+}
+
 }  // namespace
 
 DmaUser::~DmaUser() { cache_.CloseUser(this); }
@@ -253,7 +261,10 @@ uint64_t DmaUser::RemoveFromMany(std::span<const Iova> batch, bool for_write, ui
 uint64_t DmaUser::AddHolds(std::span<const PageRun> pages, bool for_write, const Figures& figures) {
   SpinLockHold hold(lock_);
   domain::PinCounts& counts = CountsLocked(for_write);
-  for (const PageRun& run : pages) counts.add(run, domain::PinCounts::FormFor(run.count));
+  for (const PageRun& run : pages) {
+    if (run.count == 1 && counts.dense().try_add_first(run.first)) continue;
+    counts.add(run, domain::PinCounts::FormFor(run.count));
+  }
   figures_.map_calls += figures.map_calls;
   figures_.hit_pages += figures.hit_pages;
   return epoch_;
@@ -273,6 +284,10 @@ bool DmaUser::RemoveHolds(std::span<const PageRun> pages, bool for_write, uint64
   for (const PageRun& run : pages) {
     const auto form = domain::PinCounts::FormFor(run.count);
     if (all_real && run.count == 1) {
+      if (!counts.has_runs() && counts.dense().try_remove_last(run.first)) {
+        AppendPage(run.first, freed);
+        continue;
+      }
       if (!counts.dense().holds(run.first)) return false;
       counts.remove(run, form, freed);
       continue;

@@ -49,6 +49,8 @@ class alignas(64) DmaUser {
     virtual void on_revoke(IovaRange range) = 0;
   };
 
+  static constexpr size_t kBatch = 64;  // single pages that are looked at together
+
   // REQUIRES: all holds of this user were given up; not under a lock that on_revoke() takes.
   ~DmaUser();
   DmaUser(const DmaUser&) = delete;
@@ -79,7 +81,6 @@ class alignas(64) DmaUser {
   using Table = PageMap<FlatLeaves>;
   using Counters = domain::PageCounters;
   using Form = domain::PinCounts::Form;
-  static constexpr size_t kBatch = 64;
 
   struct Figures {
     uint64_t map_calls = 0;  // ranges and batches that succeeded

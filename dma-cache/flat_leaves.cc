@@ -7,7 +7,41 @@ namespace mvgpu::dma {
 void FlatLeaves::OpenChunk(uint64_t chunk) {
   if (chunk >= chunks_.size()) chunks_.resize(chunk + 1);
   chunks_[chunk] = std::make_unique<Chunk>();
-  memory_.open(chunk * kChunkGroups * kGroupBytes, kChunkGroups * kGroupBytes);
+  // Whole windows: the kernel collapses no huge page out of two mappings.
+  constexpr size_t kChunkBytes = kChunkGroups * kGroupBytes;
+  const size_t last = ((chunk + 1) * kChunkBytes - 1) / kWindowBytes;
+  if (last >= windows_.size()) windows_.resize(last + 1);
+  for (size_t i = chunk * kChunkBytes / kWindowBytes; i <= last; ++i) {
+    if (!windows_[i].is_open) memory_.open(i * kWindowBytes, kWindowBytes);
+    windows_[i].is_open = true;
+  }
+}
+
+void FlatLeaves::Touch(uint64_t granule, Group* group) {
+  groups_ += group->touched == 0 ? 1 : 0;
+  group->touched |= static_cast<uint16_t>(1u << granule % kGroupLeaves);
+  if (Window& window = WindowOf(granule); ++window.touched == kDense) MakeHuge(&window);
+}
+
+void FlatLeaves::MakeHuge(Window* window) {
+  if (window->is_huge || clock_ < window->huge_from) return;
+  window->is_huge = true;
+  ++huge_windows_;
+  window->huge_from = clock_ + kBetweenHuge;
+  memory_.make_huge(static_cast<size_t>(window - windows_.data()) * kWindowBytes, kWindowBytes);
+}
+
+void FlatLeaves::GiveBack(uint64_t number) {
+  memory_.give_back(number * kGroupBytes, kGroupBytes);
+  --groups_;
+  Group& group = GroupOf(number);
+  for (uint64_t leaf = 0; leaf < kGroupLeaves; ++leaf) {
+    Window& window = WindowOf(number * kGroupLeaves + leaf);
+    window.touched -= group.touched >> leaf & 1;
+    huge_windows_ -= window.is_huge ? 1 : 0;
+    window.is_huge = false;
+  }
+  group.touched = 0;
 }
 
 bool FlatLeaves::IsLeft(uint64_t granule) const {
@@ -40,9 +74,7 @@ void FlatLeaves::GiveBackWhatWaited() {
     if (group.waits) {
       waiting_.push_back({oldest.group, group.empty_since});
     } else if (group.used == 0) {
-      memory_.give_back(oldest.group * kGroupBytes, kGroupBytes);
-      group.has_memory = false;
-      --groups_;
+      GiveBack(oldest.group);
     }
   }
 }

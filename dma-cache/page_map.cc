@@ -57,9 +57,8 @@ typename PageMap<Leaves>::Found PageMap<Leaves>::FindFar(uint64_t page) const {
 
 template <typename Leaves>
 void PageMap<Leaves>::map(PageRun run, uint64_t target, uint64_t flags) {
-  const Mapping mapping{run.first, target - run.first, flags};
-  if (run.count == 1 && TryMapPage(run.first, mapping(0, run.first))) return;
-  Update(run, /*create=*/true, mapping);
+  if (run.count == 1 && try_map(run.first, target, flags)) return;
+  Update(run, /*create=*/true, Mapping{run.first, target - run.first, flags});
 }
 
 template <typename Leaves>
@@ -82,44 +81,44 @@ void PageMap<Leaves>::start_at(uint64_t page) {
 }
 
 template <typename Leaves>
-bool PageMap<Leaves>::TryMapPage(uint64_t page, uint64_t word) {
-  const uint64_t chunk = page >> kChunkShift;
-  if (chunk >= near_end_ || !Leaf::Fits(word)) return false;
-  const uint64_t chunk_word = near_[chunk].load(std::memory_order_relaxed);
-  const size_t at = page >> kGranuleShift & (kGranulePages - 1);
-  const uint64_t before = chunk_word == 0 ? 0 : NodeOf(chunk_word)->get(at);
-  if ((before & kWide) != 0) return false;
-  Leaf* leaf = before == 0 ? leaves_.take(page >> kGranuleShift) : LeafOf(before);
-  if (leaf == nullptr) return false;
-  Node* node = chunk_word == 0 ? spare_.take() : NodeOf(chunk_word);
-  node->used += before == 0 ? 1 : 0;
-  MVGPU_DCHECK(leaf->get(page & (kGranulePages - 1)) == 0);
-  leaf->set(page & (kGranulePages - 1), word);
-  node->words[at].store(WithUsed(WordFor(leaf, 0), UsedOf(before) + 1), std::memory_order_release);
-  if (chunk_word == 0) near_[chunk].store(WordFor(node, kFlat), std::memory_order_release);
+bool PageMap<Leaves>::try_map(uint64_t page, uint64_t target, uint64_t flags) {
+  const uint64_t word = target << kPageShift | flags | kStart;
+  Node* node = NearNode(page);
+  if (node == nullptr || !Leaf::Fits(word)) return false;
+  auto& slot = node->words[page >> kGranuleShift & (kGranulePages - 1)];
+  uint64_t granule = slot.load(std::memory_order_relaxed);
+  if (granule == 0) {
+    Leaf* leaf = leaves_.take(page >> kGranuleShift);
+    if (leaf == nullptr) return false;
+    ++node->used;
+    granule = WordFor(leaf, 0);
+  } else if ((granule & (kTable | kWide)) != kTable) {
+    return false;
+  }
+  const size_t i = page & (kGranulePages - 1);
+  if (LeafOf(granule)->get(i) != 0) return false;
+  LeafOf(granule)->set(i, word);
+  slot.store(WithUsed(granule, UsedOf(granule) + 1), std::memory_order_release);
   return true;
 }
 
 template <typename Leaves>
 bool PageMap<Leaves>::TryUnmapPage(uint64_t page) {
-  const uint64_t chunk = page >> kChunkShift;
-  if (chunk >= near_end_) return false;
-  const uint64_t chunk_word = near_[chunk].load(std::memory_order_relaxed);
-  if ((chunk_word & kTable) == 0) return false;
-  Node* node = NodeOf(chunk_word);
+  Node* node = NearNode(page);
+  if (node == nullptr) return false;
   auto& slot = node->words[page >> kGranuleShift & (kGranulePages - 1)];
-  const uint64_t before = slot.load(std::memory_order_relaxed);
-  if ((before & (kTable | kWide)) != kTable) return false;
-  Leaf* leaf = LeafOf(before);
-  if (leaf->get(page & (kGranulePages - 1)) == 0) return true;
-  leaf->set(page & (kGranulePages - 1), 0);
-  const uint64_t used = UsedOf(before) - 1;
-  slot.store(used == 0 ? 0 : WithUsed(before, used), std::memory_order_release);
-  if (used != 0) return true;
-  leaves_.put(page >> kGranuleShift, leaf, /*is_empty=*/true);
-  if (--node->used != 0) return true;
-  near_[chunk].store(0, std::memory_order_release);
-  retired_.push_back(node);
+  const uint64_t granule = slot.load(std::memory_order_relaxed);
+  if ((granule & (kTable | kWide)) != kTable) return granule == 0;
+  Leaf* leaf = LeafOf(granule);
+  const size_t i = page & (kGranulePages - 1);
+  if (leaf->get(i) == 0) return true;
+  leaf->set(i, 0);
+  const uint64_t used = UsedOf(granule) - 1;
+  slot.store(used == 0 ? 0 : WithUsed(granule, used), std::memory_order_release);
+  if (used == 0) {
+    leaves_.put(page >> kGranuleShift, leaf, /*is_empty=*/true);
+    --node->used;
+  }
   return true;
 }
 
@@ -152,6 +151,10 @@ void PageMap<Leaves>::UpdateChunk(std::atomic<uint64_t>& slot, PageRun run, bool
                                   const Change& change) {
   uint64_t word = slot.load(std::memory_order_relaxed);
   if (word == 0 && !create) return;
+  if (run.count == kChunkPages && (word & kTable) != 0 && NodeOf(word)->used == 0) {
+    retired_.push_back(NodeOf(word));
+    word = 0;
+  }
   if (run.count == kChunkPages && (word & kTable) == 0) {
     slot.store(change(word, run.first), std::memory_order_release);
     return;

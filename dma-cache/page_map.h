@@ -74,6 +74,9 @@ class PageMap : public PageMapFlags {
   [[gnu::always_inline]] void prefetch(uint64_t page) const { leaves_.prefetch(page); }
   // REQUIRES: nothing is there.
   void map(PageRun run, uint64_t target, uint64_t flags);
+  // map() of a page that is new to a granule with a leaf or nothing in it, as nearly all misses
+  // page by page are. False, and nothing is changed: something is there, or it is for map().
+  bool try_map(uint64_t page, uint64_t target, uint64_t flags);
   void unmap(PageRun run);
   // Of the pages that are there.
   void change_flags(PageRun run, uint64_t set, uint64_t clear);
@@ -158,10 +161,14 @@ class PageMap : public PageMapFlags {
   static bool UpdateLeaf(Entries* leaf, PageRun* run, const Mapping& mapping, uint64_t* used);
   template <typename Entries>
   static bool UpdateLeaf(Entries* leaf, PageRun* run, const Unmapping& unmapping, uint64_t* used);
-  // The same for a page of a granule that has a leaf or nothing, as nearly all misses page by page
-  // are. False, and nothing is changed: it is for Update().
-  bool TryMapPage(uint64_t page, uint64_t word);
+  // As try_map(). The chunk's node stays when nothing is left in it: single pages come and go.
   bool TryUnmapPage(uint64_t page);
+  // The node of a near chunk; null where there is none.
+  Node* NearNode(uint64_t page) const {
+    const uint64_t chunk = page >> kChunkShift;
+    const uint64_t word = chunk < near_end_ ? near_[chunk].load(std::memory_order_relaxed) : 0;
+    return (word & kTable) != 0 ? NodeOf(word) : nullptr;
+  }
   uint64_t ExpandChunk(uint64_t word);
   uint64_t ExpandGranule(uint64_t word, uint64_t granule);
   uint64_t Widen(uint64_t word, uint64_t granule);

@@ -18,13 +18,14 @@ bool DmaCache::ReleaseLocked(DmaUser* user, std::span<const PageRun> pages, bool
                              uint64_t epoch) {
   scratch_.freed.clear();
   const bool held = user->RemoveHolds(pages, for_write, epoch, &scratch_.freed);
-  LetGoLocked(&scratch_.freed, for_write);
+  LetGoLocked(user, &scratch_.freed, for_write);
   return held;
 }
 
-void DmaCache::LetGoLocked(std::vector<PageRun>* pages, bool for_write) {
+void DmaCache::LetGoLocked(const DmaUser* by, std::vector<PageRun>* pages, bool for_write) {
   for (DmaUser* user : users_) {
     if (pages->empty()) return;
+    if (user == by) continue;
     scratch_.rest.clear();
     user->AppendUnheld(*pages, for_write, &scratch_.rest);
     pages->swap(scratch_.rest);

@@ -5,10 +5,7 @@
 namespace mvgpu::dma {
 
 void ReverseMap::add(PageRun iova, uint64_t device) {
-  if (iova.count == 1 && first_.find(device).word == 0) {  // the usual case of single pages
-    first_.map({device, 1}, iova.first, PageMapFlags::kRead);
-    return;
-  }
+  if (iova.count == 1 && first_.try_map(device, iova.first, PageMapFlags::kRead)) return;
   uint64_t at = device;
   const uint64_t end = device + iova.count;
   free_.clear();

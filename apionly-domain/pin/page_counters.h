@@ -55,6 +55,10 @@ class PageCounters {
   // held before, and afterwards. False, and nothing is changed, otherwise.
   bool try_add_one(uint64_t page);
   bool try_remove_one(uint64_t page);
+  // The same where it changes that: from not held to held once, and back. The latter also fails for
+  // pages from kNearPages on.
+  bool try_add_first(uint64_t page);
+  bool try_remove_last(uint64_t page);
 
   void add(PageRun run);
   // Appends the pages of the run that are held no longer, in runs. REQUIRES: all of them are held.
@@ -210,6 +214,27 @@ inline bool PageCounters::TryFlip(uint64_t* words, PageRun run, uint64_t expecte
   words[0] ^= head;
   for (uint64_t i = 1; i < last; ++i) words[i] = ~words[i];
   words[last] ^= tail;
+  return true;
+}
+
+inline bool PageCounters::try_add_first(uint64_t page) {
+  Chunk* chunk = GetChunk(page >> kChunkShift);
+  uint64_t& word = chunk->words[(page & kChunkMask) / kPagesPerWord];
+  if ((word >> ShiftOf(page) & kMore) != 0) return false;
+  word |= uint64_t{1} << ShiftOf(page);
+  ++chunk->held;
+  ++held_pages_;
+  return true;
+}
+
+inline bool PageCounters::try_remove_last(uint64_t page) {
+  const uint64_t index = page >> kChunkShift;
+  if (index >= near_.size() || near_[index].words == nullptr) return false;
+  uint64_t& word = near_[index].words[(page & kChunkMask) / kPagesPerWord];
+  if ((word >> ShiftOf(page) & kMore) != 1) return false;
+  word ^= uint64_t{1} << ShiftOf(page);
+  --near_[index].held;
+  --held_pages_;
   return true;
 }
 

@@ -2,9 +2,15 @@
 
 #include <gtest/gtest.h>
 
+#include <cinttypes>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
 #include <map>
 #include <random>
+#include <string>
 
+#include "apionly-domain/base/reserved_memory.h"
 #include "dma-cache/near_targets.h"
 #include "dma-cache/reverse_map.h"
 #include "dma-cache/revoked_holds.h"
@@ -144,6 +150,25 @@ TEST(PageMapTest, AChunkOfLeavesMayGetARunAndLoseIt) {
   EXPECT_EQ(WordNear(map, 1031) >> kPageShift, 5007u);
 }
 
+TEST(PageMapTest, TryMapTakesFreePagesOfLeavesAndNothingElse) {
+  PageMap<FlatLeaves> map;
+  EXPECT_FALSE(map.try_map(7, 1, Flags::kRead));  // no chunk yet
+  map.map({8, 1}, 2, Flags::kRead);
+  EXPECT_TRUE(map.try_map(7, 1, Flags::kRead));
+  EXPECT_EQ(map.find(7).word, 1u << kPageShift | Flags::kRead | Flags::kStart);
+  EXPECT_FALSE(map.try_map(7, 5, Flags::kRead));  // something is there
+  EXPECT_EQ(map.find(7).target(), 1u);
+  EXPECT_TRUE(map.try_map(600, 3, Flags::kRead));  // in a granule with nothing in it
+  map.map({1024, 512}, 5000, Flags::kRead);
+  EXPECT_FALSE(map.try_map(1030, 5, Flags::kRead));  // a run
+  EXPECT_EQ(map.find(1030).target(), 5006u);
+  EXPECT_FALSE(map.try_map(2048, uint64_t{1} << 41, Flags::kRead));  // does not fit
+  EXPECT_EQ(map.find(2048).word, 0u);
+  map.map({2049, 1}, uint64_t{1} << 41, Flags::kRead);
+  EXPECT_FALSE(map.try_map(2048, 5, Flags::kRead));  // a leaf of whole words
+  EXPECT_EQ(map.find(2048).word, 0u);
+}
+
 TEST(PageMapTest, SinglePagesThatCameAndWentLeaveAChunkAsItWas) {
   constexpr uint64_t kChunk = 1 << 18;
   PageMap<FlatLeaves> map;
@@ -159,9 +184,10 @@ TEST(PageMapTest, SinglePagesThatCameAndWentLeaveAChunkAsItWas) {
       map.unmap({page, 1});
       EXPECT_EQ(WordNear(map, page), 0u);
     }
+    EXPECT_FALSE(map.has_retired());  // its node waits for the next ones
+    map.map({0, kChunk}, 3 * kChunk, Flags::kRead);
     EXPECT_TRUE(map.has_retired());
     map.reclaim();
-    map.map({0, kChunk}, 3 * kChunk, Flags::kRead);
     EXPECT_EQ(map.find(0).left, kChunk);
     map.unmap({0, kChunk});
   }
@@ -205,6 +231,78 @@ TEST(FlatLeavesTest, AGroupStaysWhileAnyOfItsLeavesIsInUse) {
   EXPECT_EQ(leaves.groups(), 1u);
   leaves.pass(1 << 20);
   EXPECT_EQ(leaves.groups(), 0u);
+}
+
+// Bytes of anonymous huge pages in the mapping with this address (proc(5), smaps).
+uint64_t HugeBytesAt(const void* address) {
+  std::ifstream smaps("/proc/self/smaps");
+  bool is_it = false;
+  for (std::string line; std::getline(smaps, line);) {
+    uint64_t from = 0;
+    uint64_t to = 0;
+    unsigned long kib = 0;
+    if (std::sscanf(line.c_str(), "%" SCNx64 "-%" SCNx64 " ", &from, &to) == 2) {
+      is_it =
+          from <= reinterpret_cast<uintptr_t>(address) && reinterpret_cast<uintptr_t>(address) < to;
+    } else if (is_it && std::sscanf(line.c_str(), "AnonHugePages: %lu kB", &kib) == 1) {
+      return uint64_t{kib} << 10;
+    }
+  }
+  return 0;
+}
+
+bool KernelCollapsesHugePages() {
+  constexpr size_t kHuge = ReservedMemory::kHugePage;
+  ReservedMemory memory(kHuge);
+  memory.open(0, kHuge);
+  std::memset(memory.data(), 1, kPageSize);
+  memory.make_huge(0, kHuge);
+  return HugeBytesAt(memory.data()) != 0;
+}
+
+// A window has 630 leaves.
+TEST(FlatLeavesTest, WhereHalfOfTheLeavesOfAWindowWereInUseIsAHugePage) {
+  if (!KernelCollapsesHugePages()) GTEST_SKIP() << "no MADV_COLLAPSE, or no huge page to be had";
+  FlatLeaves leaves;
+  for (uint64_t granule = 0; granule < 314; ++granule) leaves.take(granule)->set(5, kPageSize);
+  EXPECT_EQ(leaves.huge_windows(), 0u);
+  EXPECT_EQ(HugeBytesAt(leaves.leaves()), 0u);
+  // One that comes again does not count twice.
+  leaves.put(313, nullptr, /*is_empty=*/false);
+  leaves.reclaim();
+  ASSERT_NE(leaves.take(313), nullptr);
+  EXPECT_EQ(leaves.huge_windows(), 0u);
+  ASSERT_NE(leaves.take(500), nullptr);
+  EXPECT_EQ(leaves.huge_windows(), 1u);
+  EXPECT_EQ(HugeBytesAt(leaves.leaves()), ReservedMemory::kHugePage);
+  for (uint64_t granule = 0; granule < 313; ++granule) {
+    ASSERT_EQ(leaves.leaves()[granule].get(5), kPageSize) << granule;
+  }
+}
+
+TEST(FlatLeavesTest, AWindowThatGaveMemoryBackIsMadeHugeAgainButNotSoSoon) {
+  FlatLeaves leaves;
+  const auto take_half = [&leaves] {
+    for (uint64_t granule = 0; granule < 320; ++granule) ASSERT_NE(leaves.take(granule), nullptr);
+  };
+  const auto put_half = [&leaves] {
+    for (uint64_t granule = 0; granule < 320; ++granule) {
+      leaves.put(granule, nullptr, /*is_empty=*/true);
+    }
+  };
+  take_half();
+  EXPECT_EQ(leaves.huge_windows(), 1u);
+  put_half();
+  leaves.pass(1000);  // long enough for 20 groups
+  EXPECT_EQ(leaves.groups(), 0u);
+  EXPECT_EQ(leaves.huge_windows(), 0u);
+  take_half();
+  EXPECT_EQ(leaves.huge_windows(), 0u);
+  put_half();
+  leaves.pass(1 << 17);
+  EXPECT_EQ(leaves.groups(), 0u);
+  take_half();
+  EXPECT_EQ(leaves.huge_windows(), 1u);
 }
 
 TEST(FlatLeavesTest, ThereAreNoneFrom16TiBOn) {
