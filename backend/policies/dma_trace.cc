@@ -55,6 +55,34 @@ uint64_t DmaTrace::memory_pages() const {
   return pages;
 }
 
+void DmaTraceBuilder::skip(std::string_view name) {
+  skip();
+  const auto found = trace_.skipped_by_name.find(name);
+  if (found == trace_.skipped_by_name.end()) {
+    trace_.skipped_by_name.emplace(name, 1);
+  } else {
+    ++found->second;
+  }
+}
+
+Result<IovaRange> DmaTraceBuilder::add_apart(uint64_t bytes) {
+  const auto range = IovaRange::FromStartAndSize(Iova(kMaxMemoryBytes + apart_bytes_), bytes);
+  if (!range || !range->is_page_aligned() || bytes > kMaxApartBytes - apart_bytes_) {
+    return Fail(
+        ErrorCode::kLimit,
+        fmt::format("{}: {} more bytes than {} of memory that has no place in the guest, {} "
+                    "are possible; cut the trace into shorter ones",
+                    trace_.name, bytes, apart_bytes_, kMaxApartBytes));
+  }
+  apart_bytes_ += bytes;
+  return *range;
+}
+
+bool DmaTraceBuilder::IsApart(const IovaRange& range) const {
+  return range.start().value() >= kMaxMemoryBytes &&
+         range.last().value() < kMaxMemoryBytes + apart_bytes_;
+}
+
 Result<uint32_t> DmaTraceBuilder::add_buffer(std::span<const IovaRange> ranges,
                                              dma::Direction direction) {
   if (ranges.empty() || trace_.buffers.size() >= kMaxEvents) {
@@ -62,13 +90,13 @@ Result<uint32_t> DmaTraceBuilder::add_buffer(std::span<const IovaRange> ranges,
   }
   DmaBuffer buffer{{}, direction};
   for (const IovaRange& range : ranges) {
-    if (range.last().value() >= kMaxMemoryBytes) {
+    if (range.last().value() >= kMaxMemoryBytes && !IsApart(range)) {
       return Fail(ErrorCode::kInvalid,
                   fmt::format("dma at guest-physical {:#x}-{:#x}: there may be memory below {:#x}",
                               range.start().value(), range.last().value(), kMaxMemoryBytes));
     }
     buffer.parts.push_back(PagesOf(range));
-    end_ = std::max(end_, range.page_expanded().last().value() + 1);
+    if (!IsApart(range)) end_ = std::max(end_, range.page_expanded().last().value() + 1);
   }
   trace_.buffers.push_back(std::move(buffer));
   mapped_.push_back(false);
@@ -137,13 +165,16 @@ Result<void> DmaTraceBuilder::CheckBuffers() const {
 
 Result<DmaTrace> DmaTraceBuilder::build() && {
   trace_.memory = Union(std::move(memory_));
-  if (trace_.memory.empty()) {
-    return Fail(ErrorCode::kInvalid, trace_.name + ": the guest has no memory");
-  }
-  if (trace_.memory.back().last().value() >= kMaxMemoryBytes) {
+  if (!trace_.memory.empty() && trace_.memory.back().last().value() >= kMaxMemoryBytes) {
     return Fail(ErrorCode::kInvalid,
                 fmt::format("{}: the guest's memory ends at {:#x}, it may end at {:#x}",
                             trace_.name, trace_.memory.back().last().value(), kMaxMemoryBytes));
+  }
+  if (const auto apart = IovaRange::FromStartAndSize(Iova(kMaxMemoryBytes), apart_bytes_)) {
+    trace_.memory.push_back(*apart);
+  }
+  if (trace_.memory.empty()) {
+    return Fail(ErrorCode::kInvalid, trace_.name + ": the guest has no memory");
   }
   MVGPU_RETURN_IF_ERROR(CheckBuffers());
   return std::move(trace_);

@@ -5,11 +5,14 @@
 // what a VMM maps as IOVAs; a guest's own IOMMU has been taken out by who made the trace.
 //
 // Where traces come from: session_import.h (sessions of our GPU), dma_text_import.h (the kernel's
-// dma:* events), workloads.h (generated). Who plays them: policy_run.h.
+// dma:*, iommu:* and intel_iommu:* events), workloads.h (generated). Who plays them: policy_run.h.
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "apionly-domain/base/address.h"
@@ -46,6 +49,8 @@ struct DmaTrace {
   std::vector<DmaBuffer> buffers;
   std::vector<DmaEvent> events;
   uint64_t skipped = 0;  // records of the source that a policy cannot be shown, see its importer
+  std::map<std::string, uint64_t, std::less<>> skipped_by_name;  // of those that have one
+  uint64_t repeated = 0;  // records that say again what another one said
 
   uint64_t memory_pages() const;
 };
@@ -55,13 +60,19 @@ struct DmaTrace {
 class DmaTraceBuilder {
  public:
   static constexpr uint64_t kMaxMemoryBytes = uint64_t{1} << 40;
+  // Above it, memory of which nobody knows where in the guest it is.
+  static constexpr uint64_t kMaxApartBytes = uint64_t{1} << 40;
   static constexpr uint64_t kMaxDurationNs = 7 * 24 * 3600 * uint64_t{1'000'000'000};
   static constexpr size_t kMaxEvents = size_t{1} << 26;
 
   explicit DmaTraceBuilder(std::string name) { trace_.name = std::move(name); }
 
+  // More memory, not used by anybody else; whole pages. kLimit: kMaxApartBytes are handed out.
+  Result<IovaRange> add_apart(uint64_t bytes);
+  bool has_apart() const { return apart_bytes_ != 0; }
+
   // A new buffer, not mapped. Empty ranges do not exist; kInvalid: there is nothing in it, or it is
-  // beyond kMaxMemoryBytes.
+  // beyond kMaxMemoryBytes and not of add_apart().
   Result<uint32_t> add_buffer(std::span<const IovaRange> ranges, dma::Direction direction);
   // kInvalid: the buffer is (is not) mapped already, no such page, longer than kMaxDurationNs;
   // kLimit: more than kMaxEvents. Time that runs backwards stands still.
@@ -72,13 +83,16 @@ class DmaTraceBuilder {
     return access(time_ns, buffer, 0, trace_.buffers[buffer].pages());
   }
   void skip() { ++trace_.skipped; }
+  void skip(std::string_view name);  // of a kind of records, of which there are few
+  void repeat() { ++trace_.repeated; }
 
   // The guest's memory, in any order, overlapping or not; whole pages. Ranges that touch become
   // one.
   void add_memory(IovaRange range) { memory_.push_back(range.page_expanded()); }
-  // The end of the last page that a buffer has, 0 without one.
+  // The end of the last page that a buffer has below kMaxMemoryBytes, 0 without one.
   uint64_t end_of_buffers() const { return end_; }
   bool is_mapped(uint32_t buffer) const { return mapped_[buffer]; }
+  uint64_t pages_of(uint32_t buffer) const { return trace_.buffers[buffer].pages(); }
 
   // kInvalid: there is no memory, more than kMaxMemoryBytes, or buffers lie outside; says where.
   Result<DmaTrace> build() &&;
@@ -86,11 +100,13 @@ class DmaTraceBuilder {
  private:
   Result<void> Append(DmaEvent event);
   Result<void> CheckBuffers() const;
+  bool IsApart(const IovaRange& range) const;
 
   DmaTrace trace_;
   std::vector<IovaRange> memory_;
   std::vector<bool> mapped_;  // by buffer
   uint64_t end_ = 0;
+  uint64_t apart_bytes_ = 0;  // from kMaxMemoryBytes on
 };
 
 // RAM of `size` bytes as a PC has it: from 0 up to 3 GiB, the rest from 4 GiB on.

@@ -108,8 +108,10 @@ CLI::App* AddCompareCommand(CLI::App& app, CompareOptions& options) {
   CLI::App* compare = app.add_subcommand(
       "compare", "Show what pinning policies make of the same DMA, side by side");
   auto* trace = compare->add_option("TRACE", options.trace,
-                                    "A session's trace, or text with the kernel's dma:* events "
-                                    "(default: the built-in session)");
+                                    "A session's trace, or text with the kernel's dma:*, iommu:* "
+                                    "and intel_iommu:* events (default: the built-in session)");
+  compare->footer(fmt::format("Text is what ftrace prints, trace-cmd report or perf script: {}",
+                              kHowToRecordDma));
   compare
       ->add_option("--workload", options.workload,
                    "Instead of a trace: published (a 32 GiB server, as coIOMMU's authors describe)")
@@ -157,7 +159,15 @@ std::string CompareTable(const DmaTrace& trace, const std::vector<Compared>& row
       trace.name, MiBOf(trace.memory_pages()), totals.seconds, totals.maps, totals.accesses,
       PinModeName(pin));
   if (trace.skipped != 0) {
-    text += fmt::format("  {} records of the trace say too little to be played\n", trace.skipped);
+    text += fmt::format("  {} records of the trace name no memory that could be played\n",
+                        trace.skipped);
+  }
+  for (const auto& [name, count] : trace.skipped_by_name) {
+    text += fmt::format("    {:<28}{}\n", name, count);
+  }
+  if (trace.repeated != 0) {
+    text += fmt::format("  {} records say again what others said, and are taken once\n",
+                        trace.repeated);
   }
   text += fmt::format("\n  {:<12}{:>19}{:>9}{:>10}{:>9}{:>9}{:>10}{:>18}\n", "", "pinned, MiB", "",
                       "notifi-", "pin", "unpin", "pages", "us per access");
@@ -185,10 +195,16 @@ std::string CompareJson(const DmaTrace& trace, const std::vector<Compared>& rows
   const Totals totals = TotalsOf(trace);
   json policies = json::array();
   for (const Compared& row : rows) policies.push_back(ToJson(row, trace));
-  const json report{{"trace", trace.name},         {"memory_pages", trace.memory_pages()},
-                    {"seconds", totals.seconds},   {"maps", totals.maps},
-                    {"accesses", totals.accesses}, {"skipped", trace.skipped},
-                    {"pin", PinModeName(pin)},     {"policies", policies}};
+  const json report{{"trace", trace.name},
+                    {"memory_pages", trace.memory_pages()},
+                    {"seconds", totals.seconds},
+                    {"maps", totals.maps},
+                    {"accesses", totals.accesses},
+                    {"skipped", trace.skipped},
+                    {"skipped_by_name", trace.skipped_by_name},
+                    {"repeated", trace.repeated},
+                    {"pin", PinModeName(pin)},
+                    {"policies", policies}};
   // File names need not be UTF-8.
   return report.dump(2, ' ', false, json::error_handler_t::replace) + "\n";
 }

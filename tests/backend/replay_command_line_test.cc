@@ -5,6 +5,7 @@
 #include <sys/sysinfo.h>
 
 #include <filesystem>
+#include <fstream>
 #include <sstream>
 
 #include <nlohmann/json.hpp>
@@ -336,6 +337,55 @@ TEST(ReplayCompareTest, ShowsThePoliciesThatAreAskedFor) {
   ASSERT_TRUE(report.is_object()) << all.out;
   EXPECT_EQ(report["policies"].size(), 8u);
   for (const json& policy : report["policies"]) EXPECT_EQ(policy["ok"], true) << policy;
+}
+
+json CompareFile(const std::string& name) {
+  const auto path = std::filesystem::path(MVGPU_TRACE).replace_filename(name);
+  const Ran ran = RunReplay({"compare", path, "--json"});
+  EXPECT_EQ(ran.exit_code, 0) << ran.err;
+  const json report = ran.report();
+  EXPECT_TRUE(report.is_object()) << ran.out;
+  for (const json& policy : report["policies"]) EXPECT_EQ(policy["ok"], true) << policy;
+  return report;
+}
+
+// tests/traces/README.md: what was written into these, line by line.
+TEST(ReplayCompareTest, TakesWhatTheKernelPrintsOfIommus) {
+  const json maps = CompareFile("iommu-map.txt");
+  EXPECT_EQ(maps["memory_pages"], (uint64_t{3} << 30) / 4096);
+  EXPECT_EQ(maps["maps"], 5);  // one of them the rest of another
+  EXPECT_EQ(maps["accesses"], 4);
+  EXPECT_EQ(maps["repeated"], 2);
+  EXPECT_EQ(maps["skipped"], 4);
+  EXPECT_EQ(maps["skipped_by_name"], (json{{"iommu:add_device_to_group", 1},
+                                           {"iommu:attach_device_to_domain", 1},
+                                           {"iommu:io_page_fault", 1},
+                                           {"iommu:map", 1}}));
+  EXPECT_EQ(maps["policies"][1]["policy"], "map-unmap");
+  EXPECT_EQ(maps["policies"][1]["peak_pinned_pages"], 192);
+
+  const json requests = CompareFile("page-requests.txt");
+  EXPECT_EQ(requests["memory_pages"], 1024);  // of two processes
+  EXPECT_EQ(requests["maps"], 4);
+  EXPECT_EQ(requests["accesses"], 4);
+  EXPECT_EQ(requests["skipped"], 0);
+  EXPECT_EQ(requests["policies"][1]["peak_pinned_pages"], 4);
+}
+
+TEST(ReplayCompareTest, SaysWhatItLeftOutAndHowToRecord) {
+  const auto path = std::filesystem::path(MVGPU_TRACE).replace_filename("iommu-map.txt");
+  const Ran text = RunReplay({"compare", path, "--policy=mvgpu"});
+  EXPECT_EQ(text.exit_code, 0) << text.err;
+  EXPECT_THAT(text.out, HasSubstr("\n  4 records of the trace name no memory that could be played\n"
+                                  "    iommu:add_device_to_group   1\n"));
+  EXPECT_THAT(text.out,
+              HasSubstr("\n  2 records say again what others said, and are taken once\n"));
+  EXPECT_THAT(RunReplay({"compare", "--help"}).out,
+              HasSubstr("trace-cmd record -e dma -e iommu -e intel_iommu"));
+  TempDir dir;
+  std::ofstream(dir / "t") << "x-1 [000] d 1.0: map: IOMMU: iova=0x1000 paddr=0x1000 size=0\n";
+  EXPECT_THAT(ExpectFails({"compare", dir / "t"}, 3),
+              HasSubstr("/t: line 1: a map event with 0 bytes at iova 0x1000"));
 }
 
 TEST(ReplayCompareTest, APolicyThatCannotBePlayedIsARowAndAnExitCode) {

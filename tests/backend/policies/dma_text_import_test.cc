@@ -7,9 +7,10 @@
 #include <gtest/gtest.h>
 
 #include <random>
-#include <sstream>
 #include <string>
 
+#include "backend/policies/kernel_text.h"
+#include "tests/backend/policies/kernel_lines.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/fakes/result_matchers.h"
 
@@ -19,35 +20,16 @@ namespace {
 using ::testing::ElementsAre;
 using testing::FailsWith;
 using ::testing::HasSubstr;
+using testing::Import;
 using testing::IsOk;
+using testing::KindsOf;
+using testing::Line;
 using testing::MakeRange;
+using testing::MessageOf;
+using ::testing::Pair;
 using Kind = DmaEvent::Kind;
 
 constexpr uint64_t kGiB = uint64_t{1} << 30;
-
-Result<DmaTrace> Import(const std::string& text, uint64_t memory = 0) {
-  std::istringstream lines(text);
-  return ImportDmaText(lines, "t.txt", {memory});
-}
-
-std::string MessageOf(const std::string& text, ErrorCode code = ErrorCode::kCorrupt) {
-  const auto trace = Import(text);
-  EXPECT_THAT(trace, FailsWith(code)) << text;
-  return trace ? std::string() : trace.error().message();
-}
-
-std::vector<Kind> KindsOf(const DmaTrace& trace) {
-  std::vector<Kind> kinds;
-  for (const DmaEvent& event : trace.events) kinds.push_back(event.kind);
-  return kinds;
-}
-
-// In the frame of ftrace, at so many microseconds.
-std::string Line(const std::string& event, unsigned us = 0) {
-  std::ostringstream line;
-  line << "    kworker/0:1-42      [001] d..1. 12." << 100000 + us << ": " << event << "\n";
-  return line.str();
-}
 
 const std::string kMap =
     "dma_map_phys: 0000:00:02.0 dir=TO_DEVICE dma_addr=123456000 size=8192 phys_addr=abcd000 "
@@ -134,6 +116,18 @@ TEST(DmaTextImportTest, WhatSaysTooLittleIsSkippedAndCounted) {
   ASSERT_THAT(trace, IsOk());
   EXPECT_EQ(trace->buffers.size(), 1u);
   EXPECT_EQ(trace->skipped, 5u);
+  EXPECT_THAT(trace->skipped_by_name,
+              ElementsAre(Pair("dma_alloc", 1), Pair("dma_map_phys", 2), Pair("dma_map_sg", 2)));
+}
+
+TEST(DmaTextImportTest, EventsOfOthersAreNoDma) {
+  const auto trace =
+      Import(Line(kMap) + Line("dma_fence_init: driver=x timeline=y context=1") +
+             "a 1 [000] 12.1: dma_fence:dma_alloc: x\n" + "a 1 [000] 12.1: scsi:dma_map_phys: x\n" +
+             Line("map: not of these") + Line("unmap: 0x1"));
+  ASSERT_THAT(trace, IsOk());
+  EXPECT_EQ(trace->events.size(), 2u);
+  EXPECT_EQ(trace->skipped, 0u);
 }
 
 TEST(DmaTextImportTest, AMapAtATakenAddressEndsTheOneBefore) {
@@ -154,6 +148,26 @@ TEST(DmaTextImportTest, MemoryIsWhatTheHighestBufferNeedsOrWhatIsSaid) {
   ASSERT_THAT(more, IsOk());
   EXPECT_EQ(more->memory_pages(), PagesIn(32 * kGiB));
   EXPECT_THAT(Import(Line(high), 4 * kGiB), FailsWith(ErrorCode::kInvalid));
+}
+
+TEST(KernelTextTest, AFieldIsAllOfItsName) {
+  EXPECT_EQ(FieldOf("dma_addr=1 addr=2 x=3", "addr"), "2");
+  EXPECT_EQ(FieldOf("addr=1 addr=2", "addr"), "1");
+  EXPECT_EQ(FieldOf("unmapped_size=1", "size"), std::nullopt);
+  EXPECT_EQ(FieldOf("size=", "size"), "");
+}
+
+TEST(KernelTextTest, AnEventStandsBehindItsTime) {
+  const auto event = FindKernelEvent("a: 1.b: map: 7 [0] 12.000001500: iommu:map:   IOMMU: x=1");
+  ASSERT_TRUE(event);
+  EXPECT_EQ(event->system, "iommu");
+  EXPECT_EQ(event->name, "map");
+  EXPECT_EQ(event->fields, "IOMMU: x=1");
+  EXPECT_EQ(event->time_ns, 12'000'001'500u);
+  for (const char* line : {"", ": ", "1.0: ", "1.0: map", "1.0: a b: c", "1: map: c", "x.0: map: c",
+                           "1.0000000000: map: c", "18446744074.0: map: c"}) {
+    EXPECT_FALSE(FindKernelEvent(line)) << line;
+  }
 }
 
 TEST(DmaTextImportTest, ANumberMayBeTheLastOfItsLine) {
@@ -186,6 +200,7 @@ TEST(DmaTextImportTest, MistakesNameTheirLine) {
 
 TEST(DmaTextImportTest, ATextWithoutDmaIsNone) {
   EXPECT_THAT(MessageOf("", ErrorCode::kCorrupt), HasSubstr("no dma event in 0 lines"));
+  EXPECT_THAT(MessageOf(""), HasSubstr("trace-cmd record -e dma -e iommu -e intel_iommu"));
   EXPECT_THAT(MessageOf("hello\ndma_map_phys: no time\n", ErrorCode::kCorrupt),
               HasSubstr("no dma event in 2 lines"));
   EXPECT_THAT(MessageOf("#\n" + std::string(1 << 20, 'x') + "\n"), HasSubstr("line 2: longer"));

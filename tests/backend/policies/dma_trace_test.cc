@@ -114,6 +114,34 @@ TEST(DmaTraceBuilderTest, AddressesAreBounded) {
   EXPECT_THAT(std::move(builder).build(), FailsWith(ErrorCode::kInvalid));
 }
 
+TEST(DmaTraceBuilderTest, MemoryApartIsAboveAllOtherAndBounded) {
+  constexpr uint64_t kStart = DmaTraceBuilder::kMaxMemoryBytes;
+  DmaTraceBuilder builder("t");
+  const IovaRange first = MakeRange(kStart, 0x1000);
+  const IovaRange second = MakeRange(kStart + 0x1000, 0x2000);
+  EXPECT_THAT(builder.add_buffer({&first, 1}, dma::Direction::kToDevice),
+              FailsWith(ErrorCode::kInvalid));
+  EXPECT_FALSE(builder.has_apart());
+  EXPECT_EQ(*builder.add_apart(0x1000), first);
+  EXPECT_EQ(*builder.add_apart(0x2000), second);
+  EXPECT_TRUE(builder.has_apart());
+  EXPECT_THAT(builder.add_buffer({&second, 1}, dma::Direction::kToDevice), IsOk());
+  const IovaRange across = MakeRange(kStart - 0x1000, 0x2000);
+  EXPECT_THAT(builder.add_buffer({&across, 1}, dma::Direction::kToDevice),
+              FailsWith(ErrorCode::kInvalid));
+  EXPECT_EQ(builder.end_of_buffers(), 0u);
+  Add(builder, 0x3000, 0x1000);
+  EXPECT_EQ(builder.end_of_buffers(), 0x4000u);
+  EXPECT_THAT(builder.add_apart(0), FailsWith(ErrorCode::kLimit));
+  EXPECT_THAT(builder.add_apart(0x800), FailsWith(ErrorCode::kLimit));
+  EXPECT_THAT(builder.add_apart(DmaTraceBuilder::kMaxApartBytes - 0x2000),
+              FailsWith(ErrorCode::kLimit));
+  builder.add_memory(MakeRange(0, 0x10000));
+  const auto trace = std::move(builder).build();
+  ASSERT_THAT(trace, IsOk());
+  EXPECT_THAT(trace->memory, ElementsAre(MakeRange(0, 0x10000), MakeRange(kStart, 0x3000)));
+}
+
 TEST(PcMemoryTest, HasAHoleBelow4GiB) {
   EXPECT_THAT(PcMemory(kGiB), ElementsAre(MakeRange(0, kGiB)));
   EXPECT_THAT(PcMemory(3 * kGiB), ElementsAre(MakeRange(0, 3 * kGiB)));
