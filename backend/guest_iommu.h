@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "apionly-domain/api_only_domain.h"
+#include "apionly-domain/viommu/device_address_space.h"
 #include "apionly-domain/viommu/iommu_object.h"
 #include "apionly-domain/viommu/vtd_dma_space.h"
 #include "apionly-domain/viommu/vtd_iommu.h"
@@ -37,6 +38,8 @@ class GuestIommu final : private domain::VtdIommu::Owner, private domain::VtdDma
   domain::VtdIommu& unit() { return unit_; }
   domain::IommuObject& object() { return object_; }
   domain::VtdDmaSpace& space() { return space_; }
+  // What the vGPU's addresses are; good while this lives.
+  domain::DeviceAddressSpace addresses() { return {&space_, &object_}; }
   // Groups of pages that the vGPU waited for, so far.
   uint64_t pages_answered() const { return pages_answered_; }
   const Events& events() const { return events_; }

@@ -69,10 +69,6 @@ Result<void> AddMapper(const VgpuConfig& config, Vgpu::Parts* parts) {
   return {};
 }
 
-domain::DmaSpace* SpaceOf(GuestIommu* iommu) {
-  return iommu == nullptr ? nullptr : &iommu->space();
-}
-
 SessionObserver::Backing BackingOf(const domain::Container::MapRequest& request) {
   if (!request.fd.is_valid()) return {};
   struct stat status = {};
@@ -142,7 +138,10 @@ Result<void> Vgpu::Assemble() {
                                                        ledger_.get(), observer_.get()));
   MVGPU_RETURN_IF_ERROR(container_->attach(domain_.get()));
   cache_ = std::make_unique<dma::DmaCache>(domain_.get(), mapper_.get());
-  if (iommu_options_) iommu_ = std::make_unique<GuestIommu>(*iommu_options_, domain_.get());
+  if (iommu_options_) {
+    iommu_ = std::make_unique<GuestIommu>(*iommu_options_, domain_.get());
+    addresses_ = iommu_->addresses();
+  }
   auto device = glue::VirtioGpuPci::Create(
       [this](gpu::GpuDevice::Owner* gpu_owner) { return MakeGpu(gpu_owner); }, domain_.get(),
       container_.get(), this);
@@ -153,9 +152,9 @@ Result<void> Vgpu::Assemble() {
 
 Result<std::unique_ptr<gpu::GpuDevice>> Vgpu::MakeGpu(gpu::GpuDevice::Owner* gpu_owner) {
   gpu_owner_ = std::make_unique<GpuOwner>(gpu_owner, owner_);
-  domain::DmaSpace* const space = SpaceOf(iommu_.get());
-  MVGPU_ASSIGN_OR_RETURN(auto gpu, gpu::GpuDevice::Create(config_.gpu, cache_.get(), domain_.get(),
-                                                          &displays_, gpu_owner_.get(), space));
+  MVGPU_ASSIGN_OR_RETURN(
+      auto gpu, gpu::GpuDevice::Create(config_.gpu, cache_.get(), domain_.get(), &displays_,
+                                       gpu_owner_.get(), addresses_.translations()));
   return observer_ == nullptr ? std::move(gpu) : ObserveGpu(std::move(gpu), observer_.get());
 }
 
@@ -208,6 +207,11 @@ void Vgpu::use_iommu(const std::function<void(GuestIommu&)>& access) {
   ShowCache();
   TellAccounts();
   if (iommu_->pages_answered() != answered) owner_->on_doorbell(glue::VirtioGpu::kControlQueue);
+}
+
+domain::DeviceAddressSpace::Kind Vgpu::addresses() const {
+  MutexLock lock(mutex_);
+  return addresses_.kind();
 }
 
 void Vgpu::ShowCache() {

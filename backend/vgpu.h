@@ -39,6 +39,7 @@
 #include "apionly-domain/assigned/assigned_space.h"
 #include "apionly-domain/base/mutex.h"
 #include "apionly-domain/container.h"
+#include "apionly-domain/viommu/device_address_space.h"
 #include "backend/guest_iommu.h"
 #include "backend/session_observer.h"
 #include "backend/step_memory.h"
@@ -123,6 +124,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   // when no request is under way. Must not call back. REQUIRES: Parts::iommu was given.
   void use_iommu(const std::function<void(GuestIommu&)>& access);
 
+  // What the addresses in commands are now: of guest memory, or of an IOMMU that the guest sees.
+  domain::DeviceAddressSpace::Kind addresses() const;
   Counters counters() const;
   // What a replay of the same session must reproduce: a JSON object of counters and the hash of the
   // last picture.
@@ -226,6 +229,7 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   std::unique_ptr<dma::DmaCache> cache_;
   const std::optional<GuestIommu::Options> iommu_options_;
   std::unique_ptr<GuestIommu> iommu_ ABSL_PT_GUARDED_BY(mutex_);  // null: the guest sees none
+  domain::DeviceAddressSpace addresses_;  // of the device; what stands behind it is guarded too
   gpu::Screenshot screenshot_;
   FrameReporter frame_reporter_;
   gpu::FanOut displays_;

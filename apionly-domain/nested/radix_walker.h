@@ -16,12 +16,13 @@ struct TableEntry {
   enum class Kind : uint8_t { kHole, kFault, kTable, kLeaf };
   Kind kind = Kind::kHole;
   FaultCode fault = FaultCode::kNotPresent;  // of kFault
+  bool is_dirty = false;                     // of kLeaf, when it was visited: as a write leaves it
   uint64_t address = 0;                      // of the next table, or of the frame
 
   static TableEntry Hole() { return {}; }
-  static TableEntry Bad(FaultCode code) { return {Kind::kFault, code, 0}; }
-  static TableEntry Table(uint64_t address) { return {Kind::kTable, {}, address}; }
-  static TableEntry Leaf(uint64_t frame) { return {Kind::kLeaf, {}, frame}; }
+  static TableEntry Bad(FaultCode code) { return {.kind = Kind::kFault, .fault = code}; }
+  static TableEntry Table(uint64_t address) { return {.kind = Kind::kTable, .address = address}; }
+  static TableEntry Leaf(uint64_t frame) { return {.kind = Kind::kLeaf, .address = frame}; }
 };
 
 // Why a walk cannot start.
@@ -137,8 +138,9 @@ class RadixWalker final : public TableWalker {
       if (!entry) return tl::unexpected(entry.error());
       if (entry->kind == TableEntry::Kind::kLeaf) {
         const uint64_t span = SpanOf(cursor.level);
-        const Leaf leaf{entry->address | (address & (span - 1)), span,
-                        format_.rights(cursor.path, wanted.privileged)};
+        const Rights rights = format_.rights(cursor.path, wanted.privileged);
+        const Leaf leaf{entry->address | (address & (span - 1)), span, rights,
+                        wanted.rights == 0 ? Rights{0} : MarkedRights(rights, entry->is_dirty)};
         if (!format_.is_interrupt(leaf.out)) return leaf;
         return tl::unexpected(MakeFault(FaultCode::kInterruptRange, cursor.level, address));
       }
@@ -166,6 +168,11 @@ class RadixWalker final : public TableWalker {
  private:
   static constexpr int kMarkTries = 8;
   static constexpr size_t kEntriesAtATime = 512;
+
+  // What a walk has marked the entries for, the last one of which is dirty or is not.
+  static Rights MarkedRights(Rights rights, bool is_dirty) {
+    return is_dirty ? rights : static_cast<Rights>(rights & ~kMayWrite);
+  }
 
   uint64_t SpanOf(uint8_t level) const { return uint64_t{1} << format_.shift(level); }
   // Pages from `address` on to the end of `span`; everything there is for a span of 0.
@@ -222,7 +229,7 @@ class RadixWalker final : public TableWalker {
     const uint8_t level = cursor->level;
     for (int tries = 0; tries < kMarkTries; ++tries) {
       Path path = cursor->path;
-      const TableEntry entry = format_.decode(raw, level, &path);
+      TableEntry entry = format_.decode(raw, level, &path);
       if (entry.kind == TableEntry::Kind::kHole) {
         return tl::unexpected(MakeFault(FaultCode::kNotPresent, level, address));
       }
@@ -241,6 +248,7 @@ class RadixWalker final : public TableWalker {
       const bool is_used =
           wanted != nullptr ? wanted->rights != 0 : !is_leaf || format_.rights(path, false) != 0;
       const uint64_t marked = is_used ? format_.marked(raw, is_leaf, writes) : raw;
+      entry.is_dirty = is_leaf && format_.marked(marked, true, true) == marked;
       if (marked == raw) {
         cursor->path = path;
         return entry;

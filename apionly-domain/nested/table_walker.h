@@ -104,7 +104,13 @@ struct Leaf {
   uint64_t out = 0;
   uint64_t span = 0;
   Rights rights = 0;
-  bool operator==(const Leaf&) const = default;
+  // Of the rights, those for which another walk would find every flag set already: an answer for
+  // them may be kept. None where nothing was wanted, and so nothing was marked.
+  Rights marked = 0;
+  // Where it leads, whatever is marked.
+  bool operator==(const Leaf& other) const {
+    return out == other.out && span == other.span && rights == other.rights;
+  }
 };
 
 using WalkResult = tl::expected<Leaf, Fault>;

@@ -27,7 +27,8 @@ WalkResult TwoStageWalker::walk(uint64_t root, uint64_t address, Wanted wanted) 
     return tl::unexpected(fault);
   }
   return Leaf{second->out, std::min(first->span, second->span),
-              static_cast<Rights>(first->rights & second->rights)};
+              static_cast<Rights>(first->rights & second->rights),
+              static_cast<Rights>(first->marked & second->marked)};
 }
 
 Stretch TwoStageWalker::walk_pages(uint64_t root, uint64_t address,

@@ -66,10 +66,19 @@ Outcome Interruption(Outcome::Exception exception) { return {exception, {}, {}};
 ZpciFunction::ZpciFunction(Options options, Parts parts)
     : options_(std::move(options)), parts_(parts), tables_(parts.guest), walker_(&tables_) {}
 
+bool ZpciFunction::HasHandle() const {
+  return state_ == State::kEnabled || state_ == State::kBlocked || state_ == State::kError;
+}
+
+void ZpciFunction::set_state(State state) {
+  state_ = state;
+  if (!HasHandle()) DropTables();
+  if (state_ == State::kError) DropMappings();
+}
+
 std::optional<Outcome> ZpciFunction::CheckHandle(uint64_t r1) const {
   const auto handle = static_cast<uint32_t>(r1 >> 32);
-  if (handle != options_.handle || (handle & kEnabledHandle) == 0 || state_ == State::kStandby ||
-      state_ == State::kPermanentError) {
+  if (handle != options_.handle || (handle & kEnabledHandle) == 0 || !HasHandle()) {
     return Ends(Condition::kInvalidHandle);
   }
   return std::nullopt;
@@ -130,6 +139,11 @@ Outcome ZpciFunction::Register(const zpci::Fib& fib) {
 void ZpciFunction::DropTables() {
   domain_.reset();
   interrupted_.reset();
+}
+
+void ZpciFunction::DropMappings() {
+  interrupted_.reset();
+  if (domain_ != nullptr) domain_->clear();
 }
 
 // The tables that are registered stay; what they say is mapped again, as far as it can be.
@@ -198,13 +212,14 @@ Outcome ZpciFunction::FailWith(EventCode code, uint64_t address) {
 // A function in error does no DMA: what is mapped for it goes.
 void ZpciFunction::EnterError(EventCode code, uint64_t address) {
   state_ = State::kError;
-  interrupted_.reset();
-  if (domain_ != nullptr) domain_->clear();
+  DropMappings();
   parts_.owner->on_error_event({options_.handle, options_.id, code, address});
 }
 
 tl::expected<GuestPhys, EventCode> ZpciFunction::dma(Iova iova, Access access) {
-  if (state_ != State::kEnabled) return tl::unexpected(EventCode::kOutOfRange);
+  if (state_ != State::kEnabled && state_ != State::kBlocked) {
+    return tl::unexpected(EventCode::kOutOfRange);
+  }
   if (domain_ == nullptr) {
     EnterError(EventCode::kNoTables, iova.value());
     return tl::unexpected(EventCode::kNoTables);

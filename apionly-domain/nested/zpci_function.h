@@ -97,7 +97,16 @@ struct RefreshOperands {
 class ZpciFunction {
  public:
   static constexpr uint32_t kEnabledHandle = uint32_t{1} << 31;
-  enum class State : uint8_t { kStandby, kEnabled, kBlocked, kError, kPermanentError };
+  // As QEMU has them.
+  enum class State : uint8_t {
+    kReserved,  // not there, ...
+    kStandby,   // ... not configured, ...
+    kDisabled,  // ... not enabled: the handle is none
+    kEnabled,
+    kBlocked,  // the error is not reset yet, the block of loads and stores is: DMA works
+    kError,    // after an error event: no DMA, no refresh
+    kPermanentError,
+  };
 
   class Owner {
    public:
@@ -133,7 +142,9 @@ class ZpciFunction {
   tl::expected<GuestPhys, zpci::EventCode> dma(Iova iova, Access access);
 
   State state() const { return state_; }
-  void set_state(State state) { state_ = state; }               // by the hypervisor: CLP, hot plug
+  // By the hypervisor: CLP, hot plug. A function without a handle has no tables registered; one in
+  // error has nothing mapped.
+  void set_state(State state);
   const NestedDomain* domain() const { return domain_.get(); }  // null: nothing is registered
 
  private:
@@ -153,6 +164,7 @@ class ZpciFunction {
     bool lacked_credits;  // for some page before `next`
   };
 
+  bool HasHandle() const;
   std::optional<zpci::Outcome> CheckHandle(uint64_t r1) const;
   zpci::Outcome Register(const zpci::Fib& fib);
   zpci::Outcome ResetError();
@@ -160,6 +172,7 @@ class ZpciFunction {
   zpci::Outcome FailWith(zpci::EventCode code, uint64_t address);
   void EnterError(zpci::EventCode code, uint64_t address);
   void DropTables();
+  void DropMappings();
 
   const Options options_;
   const Parts parts_;

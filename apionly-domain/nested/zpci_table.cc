@@ -44,7 +44,7 @@ WalkResult FrameOf(uint64_t iota, uint64_t address) {
   fault.code = FaultCode::kInputRange;
   if (address >= span) return tl::unexpected(fault);
   const Rights rights = (iota & zpci::kIotaProtect) != 0 ? kMayRead : kMayRead | kMayWrite;
-  return Leaf{(iota & zpci::kPageFrame & ~(span - 1)) | address, span, rights};
+  return Leaf{(iota & zpci::kPageFrame & ~(span - 1)) | address, span, rights, rights};
 }
 
 }  // namespace

@@ -113,12 +113,4 @@ class IommuObject {
   unsigned telling_ = 0;  // callbacks under way
 };
 
-// Where a device's addresses go. `iommu` is there iff the guest sees one for this device.
-struct DeviceAddressSpace {
-  SourceId source = 0;
-  IommuObject* iommu = nullptr;  // outlives this
-
-  bool is_translated() const { return iommu != nullptr && !iommu->is_bypassed(); }
-};
-
 }  // namespace mvgpu::domain

@@ -29,36 +29,30 @@ class RecentTranslations {
   explicit RecentTranslations(size_t entries)
       : entries_(std::bit_ceil(entries)), mask_(entries_.size() - 1) {}
 
-  // False where the same was not asked lately, or with fewer wishes. REQUIRES: the PASID has at
-  // most vtd::kPasidBits bits.
+  // False where the same was not asked lately, or not all that is wanted is marked in the tables.
+  // REQUIRES: the PASID has at most vtd::kPasidBits bits.
   bool find(const VtdRequest& request, Translation* out) const {
     const uint64_t who = WhoOf(request);
     const Entry& entry = entries_[IndexOf(who, request.address)];
     const bool is_known = entry.who == who && entry.page == request.address >> kPageShift &&
-                          (request.wanted.rights & ~entry.walked) == 0;
+                          (request.wanted.rights & ~entry.marked) == 0;
     // To want nothing leaves no marks in tables, and no traces here.
     if (!is_known || request.wanted.rights == 0) return false;
     *out = {entry.frame | (request.address & kPageMask), uint64_t{1} << entry.shift, entry.rights};
     return true;
   }
 
-  // REQUIRES: as for find(), and something is wanted; `leaf` is good for whatever is wanted less,
-  // until forget().
+  // REQUIRES: as for find(); `leaf` is good for what it is marked for, until forget().
   void remember(const VtdRequest& request, const Leaf& leaf) {
     if (request.kind != VtdRequest::Kind::kUntranslated) return;
     const uint64_t who = WhoOf(request);
     Entry& entry = entries_[IndexOf(who, request.address)];
-    Entry now{who,
-              request.address >> kPageShift,
-              leaf.out & ~kPageMask,
-              static_cast<uint8_t>(std::countr_zero(leaf.span)),
-              leaf.rights,
-              request.wanted.rights};
-    if (entry.who == now.who && entry.page == now.page && entry.frame == now.frame &&
-        entry.rights == now.rights) {
-      now.walked |= entry.walked;
-    }
-    entry = now;
+    entry = {who,
+             request.address >> kPageShift,
+             leaf.out & ~kPageMask,
+             static_cast<uint8_t>(std::countr_zero(leaf.span)),
+             leaf.rights,
+             leaf.marked};
   }
 
   void forget() {
@@ -75,7 +69,7 @@ class RecentTranslations {
     uint64_t frame = 0;
     uint8_t shift = 0;
     Rights rights = 0;
-    Rights walked = 0;  // what was wanted
+    Rights marked = 0;  // as in Leaf
   };
   static constexpr uint64_t kGenerations = uint64_t{1} << 24;
 

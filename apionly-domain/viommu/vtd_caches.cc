@@ -36,23 +36,18 @@ bool VtdCaches::PageKey::overlaps(const IovaRange& range) const {
 std::optional<Leaf> VtdCaches::page(const Tag& tag, uint64_t address, Rights wanted) const {
   for (const uint8_t shift : kShifts) {
     const Page* found = pages_.find({tag, address >> shift, shift});
-    if (found == nullptr || (wanted & ~found->walked) != 0) continue;
+    if (found == nullptr || (wanted & ~found->marked) != 0) continue;
     const uint64_t span = uint64_t{1} << shift;
-    return Leaf{found->frame | (address & (span - 1)), span, found->rights};
+    return Leaf{found->frame | (address & (span - 1)), span, found->rights, found->marked};
   }
   return std::nullopt;
 }
 
-void VtdCaches::remember(const Tag& tag, uint64_t address, const Leaf& leaf, Rights wanted) {
+void VtdCaches::remember(const Tag& tag, uint64_t address, const Leaf& leaf) {
   const uint8_t shift = ShiftFor(leaf.span);
   const uint64_t mask = (uint64_t{1} << shift) - 1;
   const PageKey key{tag, address >> shift, shift};
-  Page page{leaf.out & ~mask, leaf.rights, wanted};
-  const Page* known = pages_.find(key);
-  if (known != nullptr && known->frame == page.frame && known->rights == page.rights) {
-    page.walked |= known->walked;
-  }
-  pages_.insert(key, page);
+  pages_.insert(key, {leaf.out & ~mask, leaf.rights, leaf.marked});
 }
 
 // Entries of scalable mode have no domain: those of all go, as of all functions that a mask names.

@@ -61,10 +61,10 @@ class VtdCaches {
   };
   static Tag TagOf(const vtd::PasidEntry& entry, Pasid pasid, bool privileged);
 
-  // The leaf for an address, of a walk that wanted at least `wanted`: its accessed and dirty flags
-  // are those of such a walk. REQUIRES: something is wanted.
+  // The leaf for an address, if a walk that wants `wanted` would find no flag to set. REQUIRES:
+  // something is wanted.
   std::optional<Leaf> page(const Tag& tag, uint64_t address, Rights wanted) const;
-  void remember(const Tag& tag, uint64_t address, const Leaf& leaf, Rights wanted);
+  void remember(const Tag& tag, uint64_t address, const Leaf& leaf);
 
   void invalidate(const ContextInvalidation& invalidation);
   void invalidate(const PasidCacheInvalidation& invalidation);
@@ -103,7 +103,7 @@ class VtdCaches {
   struct Page {
     uint64_t frame;
     Rights rights;
-    Rights walked;  // what was wanted
+    Rights marked;  // as in Leaf
   };
 
   TaggedCache<SourceId, vtd::ContextEntry> contexts_;

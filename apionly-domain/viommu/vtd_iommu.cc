@@ -127,7 +127,7 @@ VtdResult VtdIommu::Translate(const VtdRequest& request) {
   const auto leaf = translator_.walk(found->entry, request.address, wanted);
   if (!leaf) return At(request.address, leaf.error());
   if (is_cached) {
-    caches_.remember(tag, request.address, *leaf, wanted.rights);
+    caches_.remember(tag, request.address, *leaf);
     recent_.remember(request, *leaf);
   }
   return VtdTranslator::TargetOf(*leaf);

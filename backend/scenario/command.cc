@@ -147,8 +147,8 @@ bool IsSameWord(std::string_view expected, std::string_view got) {
 }  // namespace
 
 std::vector<std::span<const Command>> AllCommands() {
-  return {MemoryCommands(), DmaCommands(),   ZpciCommands(),
-          ViommuCommands(), FaultCommands(), CoiommuCommands()};
+  return {MemoryCommands(), DmaCommands(),   ZpciCommands(),   ViommuCommands(),
+          VgpuCommands(),   FaultCommands(), CoiommuCommands()};
 }
 
 std::optional<uint64_t> ParseNumber(std::string_view word) {

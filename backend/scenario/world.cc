@@ -19,7 +19,6 @@ namespace mvgpu::backend::scenario {
 
 namespace {
 
-constexpr const char* kUuid = "5ce9a410-0000-4000-8000-000000000001";
 constexpr uint64_t kMostBytesShown = 32;
 
 }  // namespace
@@ -43,7 +42,8 @@ Result<std::unique_ptr<Guest>> Guest::Create(uint64_t memory_size, PinMode pin) 
   MVGPU_ASSIGN_OR_RETURN(PrivateDir dir, PrivateDir::Create());
   std::unique_ptr<Guest> guest(new Guest(std::move(dir)));
   MVGPU_RETURN_IF_ERROR(guest->MakeMemory(memory_size));
-  MVGPU_ASSIGN_OR_RETURN(guest->ledger_, domain::Ledger::Open({guest->dir_.path(), kUuid}));
+  MVGPU_ASSIGN_OR_RETURN(guest->ledger_,
+                         domain::Ledger::Open({guest->dir_.path(), std::string(kUuid)}));
   MVGPU_ASSIGN_OR_RETURN(auto backend, MakePinBackend(pin));
   MVGPU_ASSIGN_OR_RETURN(
       guest->domain_,
@@ -103,7 +103,7 @@ Result<uint64_t> Guest::load64(uint64_t place) {
 
 Result<domain::LedgerSnapshot> Guest::accounts() const {
   MVGPU_ASSIGN_OR_RETURN(const auto dir, domain::RuntimeDir::OpenForReading(dir_.path()));
-  return domain::ReadLedger(dir, kUuid);
+  return domain::ReadLedger(dir, std::string(kUuid));
 }
 
 Result<void> World::make_memory(uint64_t size) {
@@ -128,16 +128,25 @@ Error World::PartExists(std::string_view maker) {
 }
 
 World::Left World::end() {
-  for (auto& part : parts_) part.reset();
   Left left;
+  for (auto& part : parts_) {
+    if (part != nullptr) {
+      const Left of_part = part->end();
+      left.pinned_pages += of_part.pinned_pages;
+      left.locked_pages += of_part.locked_pages;
+      left.mappings += of_part.mappings;
+      left.charged_pages += of_part.charged_pages;
+    }
+    part.reset();
+  }
   if (guest_ == nullptr) return left;
   static_cast<void>(guest_->container().unmap_all());
   const auto counters = guest_->domain().counters();
-  left.pinned_pages = counters.pinned_pages;
-  left.locked_pages = counters.locked_pages;
-  left.mappings = guest_->container().totals().mappings;
+  left.pinned_pages += counters.pinned_pages;
+  left.locked_pages += counters.locked_pages;
+  left.mappings += guest_->container().totals().mappings;
   const auto accounts = guest_->accounts();
-  left.charged_pages = accounts ? accounts->charged_pages() : counters.charged_pages;
+  left.charged_pages += accounts ? accounts->charged_pages() : counters.charged_pages;
   return left;
 }
 

@@ -55,6 +55,9 @@ class Guest {
   domain::Container& container() { return container_; }
   domain::ApiOnlyDomain& domain() { return *domain_; }
   domain::Ledger& ledger() { return *ledger_; }
+  // Where the ledger is, and under which name: for other devices of the same VM.
+  const std::string& runtime_dir() const { return dir_.path(); }
+  static constexpr std::string_view kUuid = "5ce9a410-0000-4000-8000-000000000001";
   uint64_t memory_size() const { return size_; }
   int memory_fd() const { return fd_.get(); }
 
@@ -80,13 +83,8 @@ class Guest {
 
 class World {
  public:
-  // What a system adds. Its destructor takes back whatever it did to the guest's container.
-  class Part {
-   public:
-    virtual ~Part() = default;
-  };
-  enum class Slot : uint8_t { kPins, kDma, kZpci, kViommu, kFaults, kCoiommu };
-  static constexpr size_t kSlots = 6;
+  enum class Slot : uint8_t { kPins, kDma, kZpci, kViommu, kVgpu, kFaults, kCoiommu };
+  static constexpr size_t kSlots = 7;
   // What is left when every part has gone and all memory was unmapped. All 0, if nobody lost
   // anything.
   struct Left {
@@ -98,10 +96,20 @@ class World {
       return (pinned_pages | locked_pages | charged_pages | mappings) == 0;
     }
   };
+  // What a system adds. Its destructor takes back whatever it did to the guest's container. Parts
+  // go in the order of their slots.
+  class Part {
+   public:
+    virtual ~Part() = default;
+    // Ends what it has beside the guest's container and domain; what could not be taken back.
+    // Nothing but the destructor comes after it.
+    virtual Left end() { return {}; }
+  };
 
   explicit World(PinMode pin) : pin_(pin) {}
   ~World() { end(); }
 
+  PinMode pin_mode() const { return pin_; }
   // Errors: kInvalid (there is some already), those of Guest::Create().
   Result<void> make_memory(uint64_t size);
   // Error: kInvalid, there is none yet.

@@ -170,7 +170,9 @@ Result<std::string> Register(World& world, const Arguments& arguments) {
                  {0, numbers[0], numbers[1], numbers[2]});
 }
 Result<std::string> Deregister(World& world, const Arguments&) { return Control(world, 5, {}); }
-Result<std::string> ResetError(World& world, const Arguments&) { return Control(world, 7, {}); }
+Result<std::string> Reset(World& world, const Arguments& arguments) {
+  return Control(world, arguments.words[0] == "reset-error" ? 7 : 9, {});
+}
 
 Result<std::string> Rpcit(World& world, const Arguments& arguments) {
   MVGPU_ASSIGN_OR_RETURN(Zpci* const zpci, world.part<Zpci>());
@@ -208,6 +210,10 @@ Result<std::string> State(World& world, const Arguments&) {
   MVGPU_ASSIGN_OR_RETURN(Zpci* const zpci, world.part<Zpci>());
   using State = domain::ZpciFunction::State;
   switch (zpci->function().state()) {
+    case State::kReserved:
+      return std::string("reserved");
+    case State::kDisabled:
+      return std::string("disabled");
     case State::kStandby:
       return std::string("standby");
     case State::kEnabled:
@@ -237,7 +243,7 @@ constexpr Command kCommands[] = {
     {"zpci-unmap IOVA", GuestUnmaps},
     {"mpcifc register|reregister PBA PAL IOTA", Register},
     {"mpcifc deregister", Deregister},
-    {"mpcifc reset-error", ResetError},
+    {"mpcifc reset-error|reset-block", Reset},
     {"rpcit START LENGTH", Rpcit},
     {"zpci-dma IOVA r|w|rw", Dma},
     {"zpci-bytes IOVA COUNT", DeviceReads},

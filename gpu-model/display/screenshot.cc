@@ -40,6 +40,18 @@ std::optional<uint64_t> Screenshot::hash(uint32_t scanout) const {
   return FrameHash(it->second.view());
 }
 
+std::optional<uint32_t> Screenshot::pixel(uint32_t scanout, uint32_t x, uint32_t y) const {
+  ReaderMutexLock lock(mutex_);
+  const auto it = pictures_.find(scanout);
+  if (it == pictures_.end()) return std::nullopt;
+  const Picture& picture = it->second;
+  if (x >= picture.size.width || y >= picture.size.height) return std::nullopt;
+  const size_t index = size_t{y} * picture.size.width + x;
+  uint32_t pixel = 0;
+  std::memcpy(&pixel, picture.pixels.data() + index * kBytesPerPixel, sizeof(pixel));
+  return pixel;
+}
+
 Result<void> Screenshot::save_png(const std::string& path, uint32_t scanout) const {
   Picture picture;
   {

@@ -28,6 +28,8 @@ class Screenshot final : public Display {
   Result<void> save_png(const std::string& path, uint32_t scanout = 0) const;
   // FrameHash() of the picture; nullopt when the scanout has never shown anything.
   std::optional<uint64_t> hash(uint32_t scanout) const;
+  // One of its pixels, 0xXXRRGGBB; nullopt when there is none.
+  std::optional<uint32_t> pixel(uint32_t scanout, uint32_t x, uint32_t y) const;
 
  private:
   struct Picture {

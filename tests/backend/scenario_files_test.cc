@@ -17,7 +17,8 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 TEST(ScenarioFiles, ThereIsOneForEachThread) {
-  EXPECT_THAT(ScenarioNames(), ElementsAre("api-only", "coiommu", "iopf", "rpcit", "viommu-svm"));
+  EXPECT_THAT(ScenarioNames(),
+              ElementsAre("api-only", "coiommu", "iopf", "rpcit", "vgpu-svm", "viommu-svm"));
 }
 
 class ScenarioFileTest : public ::testing::TestWithParam<std::string> {

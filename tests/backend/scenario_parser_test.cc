@@ -88,7 +88,7 @@ TEST(ScenarioParser, WrongLinesAreNamedWithARemedy) {
   EXPECT_THAT(wrong("write64 8"), HasSubstr("VALUE is missing"));
   EXPECT_THAT(wrong("mpcifc dance"),
               HasSubstr("write: mpcifc register|reregister PBA PAL IOTA, or: mpcifc deregister, "
-                        "or: mpcifc reset-error"));
+                        "or: mpcifc reset-error|reset-block"));
   EXPECT_THAT(wrong("mpcifc register 1 2"), StartsWith("s:3: IOTA is missing"));
   for (const char* line : {"expect", "expect pinned", "expect pinned =", "expect pinned 0"}) {
     EXPECT_EQ(wrong(line), "s:3: no answer is expected; write: expect COMMAND = ANSWER") << line;
@@ -350,13 +350,18 @@ TEST(ScenarioFuzz, CommandsInAnyOrderWithAnyNumbersEndClean) {
   for (const auto commands : AllCommands()) {
     for (const Command& command : commands) usages.push_back(command.usage);
   }
-  for (int round = 0; round < 40; ++round) {
+  constexpr std::string_view kVgpu =
+      "vgpu 0x3a91 0x345 with page-requests\nvgpu-map 0 2M at 0 rw\ngpu-boot 0x10000\n"
+      "expect gpu-create 1 16 16 = ok\nvtd-root 0x1400\nvtd-queue 0x5000\nvtd-page-queue 0xa000\n";
+  for (int round = 0; round < 60; ++round) {
     std::string text =
         "memory 2M\nmap 0 2M at 0 rw\nzpci-function 0x80010001 7 100\nzpci-tables 0x100000\n"
         "expect mpcifc register 0x100000000 0x1ffffffff 0x100804 = cc 0\n"
-        "vtd-unit 0x3a91\niopf 4 1000 host-ring 0x8000 guest-ring 0x9000\n"
+        "iopf 4 1000 host-ring 0x8000 guest-ring 0x9000\n"
         "coiommu-device 0x180000 0x170000 4 64\ncache a none\ncache b iommu\nassign\n"
-        "dma-map a a a 0x1000 8K both\npin a 0x1000 8K rw\nlisten a all\n";
+        "dma-map a a a 0x1000 8K both\npin a 0x1000 8K rw\n";
+    text += round % 2 == 0 ? "vtd-unit 0x3a91\n" : kVgpu;
+    text += "listen a all\n";
     for (int step = 0; step < 150; ++step) {
       std::string line;
       std::string_view usage = usages[below(usages.size())];

@@ -128,6 +128,20 @@ TEST_F(VgpuPasidTest, WithoutTranslationAPasidLeadsNowhere) {
   EXPECT_EQ(guest_->transfer(1), kOk);
 }
 
+TEST_F(VgpuPasidTest, AnAddressSpaceSaysThatAnIommuIsThereAlsoInBypass) {
+  using Kind = domain::DeviceAddressSpace::Kind;
+  EXPECT_EQ(vgpu_->addresses(), Kind::kTranslated);
+  UseUnit([](domain::VtdIommu& unit) { unit.set_translating(false); });
+  EXPECT_EQ(vgpu_->addresses(), Kind::kBypassed);
+  vgpu_->use_iommu([](GuestIommu& iommu) {
+    EXPECT_EQ(iommu.addresses().iommu(), &iommu.object());
+    EXPECT_EQ(iommu.addresses().translations(), &iommu.space());
+  });
+  auto parts = Vgpu::MakeParts(config_);
+  const auto plain = Vgpu::Create(config_, std::move(*parts), nullptr, this);
+  EXPECT_EQ((*plain)->addresses(), Kind::kGuestMemory);
+}
+
 TEST_F(VgpuPasidTest, AnotherRootIsAnotherWorld) {
   ASSERT_NO_FATAL_FAILURE(MakePicture());
   UseUnit([](domain::VtdIommu& unit) { unit.set_root(Gpa(kRoot) | 1 << 10); });

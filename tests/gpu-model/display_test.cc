@@ -147,6 +147,21 @@ TEST_F(DisplayTest, ScreenshotTakesTheDamageOnly) {
   ASSERT_NO_FATAL_FAILURE(ExpectSame(DecodePng(Path("a.png")), shown));
 }
 
+TEST_F(DisplayTest, APixelIsWhereItWasShown) {
+  Screenshot screenshot;
+  const Picture picture(64, 48, 8, 1);
+  EXPECT_EQ(screenshot.pixel(0, 0, 0), std::nullopt);
+  screenshot.on_frame(0, picture.view(), {0, 0, 64, 48});
+  for (const auto& [x, y] : {std::pair{0u, 0u}, {63u, 0u}, {0u, 47u}, {63u, 47u}, {5u, 7u}}) {
+    uint32_t pixel = 0;
+    for (uint32_t c = 0; c < 4; ++c) pixel |= static_cast<uint32_t>(picture.at(x, y, c)) << 8 * c;
+    EXPECT_EQ(screenshot.pixel(0, x, y), pixel) << x << " " << y;
+  }
+  EXPECT_EQ(screenshot.pixel(0, 64, 0), std::nullopt);
+  EXPECT_EQ(screenshot.pixel(0, 0, 48), std::nullopt);
+  EXPECT_EQ(screenshot.pixel(1, 0, 0), std::nullopt);
+}
+
 TEST_F(DisplayTest, ANewSizeIsTakenAsAWhole) {
   Screenshot screenshot;
   const Picture small(16, 16), large(64, 20);

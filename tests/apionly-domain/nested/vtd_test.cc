@@ -224,6 +224,21 @@ TEST_F(VtdFirstStageTest, AnEntryThatChangesAllTheTimeIsAFault) {
   EXPECT_LT(frame, 100 * kPageSize);
 }
 
+TEST_F(VtdFirstStageTest, AWalkSaysWhatNeedsNoOtherOne) {
+  const auto marked = [&](Wanted wanted) {
+    const auto result = First().walk(kFirstRoot, kGva, wanted);
+    return result ? result->marked : Rights{0};
+  };
+  Put(kLeafAt, 0x567'8007);
+  EXPECT_EQ(marked(Wanted()), 0) << "nothing was marked";
+  EXPECT_EQ(marked(Access::kRead), kMayRead | kMayExecute);
+  EXPECT_EQ(marked(Access::kWrite), kAllRights);
+  EXPECT_EQ(marked(Access::kRead), kAllRights) << "dirty since then";
+  EXPECT_EQ(marked(Wanted()), 0);
+  Put(kLeafAt, 0x567'8065);
+  EXPECT_EQ(marked(Access::kRead), kMayRead | kMayExecute) << "dirty, and may not be written";
+}
+
 TEST_F(VtdFirstStageTest, PagesThatAreKeptAreMarkedForAllThatTheyAllow) {
   Put(kLeafAt, 0x567'8007);
   Put(kLeafAt + 8, 0x567'9005);   // read-only
@@ -309,12 +324,40 @@ TEST_F(VtdSecondStageTest, FlagsAreKeptOnlyWhereTheEntryOfThePasidSaysSo) {
   EXPECT_EQ(Get(leaf), 0x10'0567'8303);
 }
 
+TEST_F(VtdSecondStageTest, WithoutFlagsNothingIsLeftToBeMarked) {
+  const uint64_t leaf = 0x30'3000 + 0x78 * 8;
+  const auto marked = [&](bool keeps_accessed) {
+    return Second({.keeps_accessed = keeps_accessed})
+        .walk(kSecondRoot, 0x567'8abc, Access::kRead)
+        ->marked;
+  };
+  EXPECT_EQ(marked(false), kReadWrite);
+  EXPECT_EQ(marked(true), kMayRead);
+  Put(leaf, Get(leaf) | 0x200);
+  EXPECT_EQ(marked(true), kReadWrite);
+}
+
 TEST_F(VtdNestedTest, VectorWalkThroughBothStages) {
   const VtdSecondStage second = Second();
   const StageTwoTables through(&second, kSecondRoot, tables_.get());
   const VtdFirstStage first({.options = {.is_nested = true}}, &through);
   const TwoStageWalker nested(&first, &second, kSecondRoot);
   ExpectLeaf(nested.walk(kFirstRoot, kGva, Access::kReadWrite), {0x10'0567'8abc, 4096, kReadWrite});
+}
+
+TEST_F(VtdNestedTest, BothStagesHaveToBeMarked) {
+  for (const bool first_is_dirty : {false, true}) {
+    for (const bool second_is_dirty : {false, true}) {
+      Put(kLeafAt, first_is_dirty ? 0x8000'0000'0567'8067 : 0x8000'0000'0567'8027);
+      Put(0x30'3000 + 0x78 * 8, second_is_dirty ? 0x10'0567'8303 : 0x10'0567'8103);
+      const VtdSecondStage second = Second({.keeps_accessed = true});
+      const StageTwoTables through(&second, kSecondRoot, tables_.get());
+      const VtdFirstStage first({.options = {.is_nested = true}}, &through);
+      const TwoStageWalker nested(&first, &second, kSecondRoot);
+      EXPECT_EQ(nested.walk(kFirstRoot, kGva, Access::kRead)->marked,
+                first_is_dirty && second_is_dirty ? kReadWrite : kMayRead);
+    }
+  }
 }
 
 TEST_F(VtdNestedTest, AFlagThatTheSecondStageForbidsToWriteIsAFaultOfTheTable) {

@@ -31,7 +31,13 @@ class ZpciFunctionTest : public NestedTest, public ZpciFunction::Owner {
   static constexpr uint64_t kBuffer = 0x1'2345'6000;
   static constexpr uint64_t kBase = 0x1'0000'0000;
   static constexpr uint64_t kLimit = 0x1'ffff'ffff;
-  enum Control : uint8_t { kRegister = 4, kDeregister = 5, kReregister = 6, kResetError = 7 };
+  enum Control : uint8_t {
+    kRegister = 4,
+    kDeregister = 5,
+    kReregister = 6,
+    kResetError = 7,
+    kResetBlock = 9
+  };
 
   void SetUp() override {
     NestedTest::SetUp();
@@ -210,11 +216,118 @@ TEST_F(ZpciFunctionTest, UnknownAndDisabledHandlesAreRefused) {
   const Outcome unknown = Ends(Condition::kInvalidHandle);
   EXPECT_EQ(function_->refresh({0x8001'0002'0000'0000, 2, kBuffer, 0x1000}), unknown);
   EXPECT_EQ(function_->refresh({0x0001'0001'0000'0000, 2, kBuffer, 0x1000}), unknown);
-  for (const State state : {State::kStandby, State::kPermanentError}) {
+}
+
+// A function without a handle: no instruction finds it, no DMA comes from it, nothing is held.
+TEST_F(ZpciFunctionTest, AFunctionThatIsNotEnabledHasNothing) {
+  for (const State state :
+       {State::kReserved, State::kStandby, State::kDisabled, State::kPermanentError}) {
+    guest_.map(kBuffer, kFrames);
+    EXPECT_EQ(Rpcit(kBuffer, 0x1000), kOk);
+    EXPECT_EQ(PinnedPages(), 1);
     function_->set_state(state);
+    EXPECT_EQ(PinnedPages(), 0);
+    EXPECT_TRUE(target_->pages.empty());
+    const Outcome unknown = Ends(Condition::kInvalidHandle);
     EXPECT_EQ(Rpcit(kBuffer, 0x1000), unknown);
-    EXPECT_EQ(Control(kReregister), unknown);
+    for (const enum Control control :
+         {kRegister, kDeregister, kReregister, kResetError, kResetBlock}) {
+      EXPECT_EQ(Control(control), unknown);
+    }
+    EXPECT_FALSE(function_->dma(Iova(kBuffer), Access::kRead));
+    EXPECT_EQ(function_->state(), state);
+    EXPECT_THAT(events_, IsEmpty());
+    function_->set_state(State::kEnabled);
+    EXPECT_EQ(Control(kDeregister), Refused(Status::kSequence)) << "its tables have gone";
+    EXPECT_EQ(Control(kRegister), kOk);
+    EXPECT_EQ(PinnedPages(), 0);
   }
+}
+
+TEST_F(ZpciFunctionTest, AFunctionPutIntoErrorHasNothingMappedAndKeepsItsTables) {
+  guest_.map(kBuffer, kFrames);
+  EXPECT_EQ(Rpcit(kBuffer, 0x1000), kOk);
+  function_->set_state(State::kError);
+  EXPECT_EQ(PinnedPages(), 0);
+  EXPECT_EQ(Rpcit(kBuffer, 0x1000), Refused(Status::kErrorState));
+  EXPECT_FALSE(function_->dma(Iova(kBuffer), Access::kRead));
+  EXPECT_THAT(events_, IsEmpty()) << "an error is told once, by who found it";
+  EXPECT_EQ(PinnedPages(), 0);
+  EXPECT_EQ(Control(kResetError), kOk);
+  EXPECT_EQ(PinnedPages(), 1);
+}
+
+// In error, instructions that register tables work; nothing is mapped before the error is reset.
+TEST_F(ZpciFunctionTest, AFunctionInErrorMayHaveOtherTables) {
+  guest_.map(kBuffer, kFrames);
+  function_->set_state(State::kError);
+  EXPECT_EQ(Control(kRegister), Refused(Status::kSequence));
+  EXPECT_EQ(Control(kReregister), kOk);
+  EXPECT_EQ(Control(kDeregister), kOk);
+  EXPECT_EQ(Control(kRegister), kOk);
+  EXPECT_EQ(function_->state(), State::kError);
+  EXPECT_EQ(Rpcit(kBuffer, 0x1000), Refused(Status::kErrorState));
+  EXPECT_EQ(PinnedPages(), 0);
+  EXPECT_EQ(Control(kResetError), kOk);
+  EXPECT_EQ(PinnedPages(), 1);
+}
+
+// What Linux does after an error: the block of loads and stores first, then the error. Between the
+// two, translation works as in an enabled function.
+TEST_F(ZpciFunctionTest, ABlockedFunctionIsRefreshedAndMayFailAgain) {
+  guest_.map(kBuffer, kFrames);
+  EXPECT_EQ(Control(kResetBlock), Refused(Status::kSequence)) << "there is no error";
+  function_->set_state(State::kError);
+  EXPECT_EQ(Control(kResetBlock), kOk);
+  EXPECT_EQ(function_->state(), State::kBlocked);
+  EXPECT_EQ(Control(kResetBlock), Refused(Status::kSequence));
+  EXPECT_EQ(PinnedPages(), 0);
+  EXPECT_EQ(Rpcit(kBuffer, 0x1000), kOk);
+  EXPECT_EQ(PinnedPages(), 1);
+  EXPECT_TRUE(function_->dma(Iova(kBuffer), Access::kWrite));
+  EXPECT_EQ(function_->state(), State::kBlocked) << "only the reset of the error ends it";
+  guest_.put(guest_.page_entry(kBuffer), 0);
+  EXPECT_EQ(Rpcit(kBuffer, 0x1000), Refused(Status::kFunctionInError));
+  EXPECT_EQ(function_->state(), State::kError);
+  EXPECT_EQ(events_.size(), 1);
+  EXPECT_EQ(PinnedPages(), 0);
+  guest_.map(kBuffer, kFrames);
+  EXPECT_EQ(Control(kResetBlock), kOk);
+  EXPECT_EQ(Control(kResetError), kOk);
+  EXPECT_EQ(function_->state(), State::kEnabled);
+  EXPECT_EQ(PinnedPages(), 1);
+}
+
+TEST_F(ZpciFunctionTest, ABlockedFunctionWithoutTablesOrOutsideOfThemIsInErrorAgain) {
+  const auto block = [&] {
+    function_->set_state(State::kError);
+    ASSERT_EQ(Control(kResetBlock), kOk);
+  };
+  block();
+  EXPECT_EQ(Rpcit(kBase - 0x1000, 0x1000), Refused(Status::kFunctionInError));
+  block();
+  EXPECT_FALSE(function_->dma(Iova(kBuffer), Access::kRead));
+  EXPECT_EQ(function_->state(), State::kError);
+  block();
+  EXPECT_EQ(Control(kDeregister), kOk);
+  EXPECT_EQ(Rpcit(kBuffer, 0x1000), Refused(Status::kFunctionInError));
+  std::vector<EventCode> codes;
+  for (const ErrorEvent& event : events_) codes.push_back(event.code);
+  EXPECT_THAT(codes,
+              ElementsAre(EventCode::kOutOfRange, EventCode::kOutOfRange, EventCode::kNoTables));
+}
+
+// A refresh that is under way does not go on where an error has taken its pages.
+TEST_F(ZpciFunctionTest, AnInterruptedRefreshBeginsAnewAfterAnError) {
+  StartFunction(/*steps_at_a_time=*/4);
+  ASSERT_EQ(Control(kRegister), kOk);
+  for (uint64_t i = 0; i < 6; ++i) guest_.map(kBuffer + (i << 20), kFrames + i * 0x1000);
+  EXPECT_EQ(Rpcit(kBuffer, 6 << 20), Ends(Condition::kBusy));
+  function_->set_state(State::kError);
+  ASSERT_EQ(Control(kResetBlock), kOk);
+  EXPECT_EQ(Rpcit(kBuffer, 6 << 20), Ends(Condition::kBusy));
+  EXPECT_EQ(Rpcit(kBuffer, 6 << 20), kOk);
+  EXPECT_EQ(PinnedPages(), 6);
 }
 
 TEST_F(ZpciFunctionTest, TablesAreRegisteredOnceAndDeregisteredOnce) {

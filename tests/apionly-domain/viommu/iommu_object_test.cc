@@ -6,6 +6,7 @@
 #include <map>
 #include <random>
 
+#include "apionly-domain/viommu/device_address_space.h"
 #include "tests/apionly-domain/viommu/viommu_fixture.h"
 #include "tests/fakes/result_matchers.h"
 
@@ -48,15 +49,26 @@ class IommuObjectTest : public ::testing::Test {
 };
 
 TEST_F(IommuObjectTest, AnAddressSpaceSaysThatItIsThereAlsoInBypass) {
-  const DeviceAddressSpace bare{.source = 1};
-  EXPECT_EQ(bare.iommu, nullptr);
-  EXPECT_FALSE(bare.is_translated());
-  const DeviceAddressSpace space{.source = 1, .iommu = &object_};
+  using Kind = DeviceAddressSpace::Kind;
+  struct Translations final : DmaSpace {
+    void set_user(User*) override {}
+    Result<std::vector<DmaRun>> translate(IovaRange, Access) override {
+      return std::vector<DmaRun>();
+    }
+  } translations;
+  const DeviceAddressSpace bare;
+  EXPECT_EQ(bare.iommu(), nullptr);
+  EXPECT_EQ(bare.translations(), nullptr);
+  EXPECT_EQ(AddressesName(bare.kind()), "guest-memory");
+  const DeviceAddressSpace space(&translations, &object_);
   EXPECT_TRUE(object_.is_bypassed());
-  EXPECT_NE(space.iommu, nullptr);
-  EXPECT_FALSE(space.is_translated());
+  EXPECT_EQ(space.iommu(), &object_);
+  EXPECT_EQ(space.translations(), &translations);
+  EXPECT_EQ(space.kind(), Kind::kBypassed);
+  EXPECT_EQ(AddressesName(space.kind()), "bypassed");
   object_.set_bypassed(false);
-  EXPECT_TRUE(space.is_translated());
+  EXPECT_EQ(space.kind(), Kind::kTranslated);
+  EXPECT_EQ(AddressesName(space.kind()), "translated");
 }
 
 TEST_F(IommuObjectTest, AListenerInBypassHearsOfBindings) {

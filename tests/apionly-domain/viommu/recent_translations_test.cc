@@ -7,7 +7,10 @@ namespace {
 
 constexpr VtdRequest kRequest{
     .source = 0x3a91, .pasid = 0x12345, .address = 0x7f12'3456'7abc, .wanted = Access::kRead};
-constexpr Leaf kLeaf{.out = 0x567'8abc, .span = kPageSize, .rights = kMayRead | kMayWrite};
+constexpr Leaf kLeaf{.out = 0x567'8abc,
+                     .span = kPageSize,
+                     .rights = kMayRead | kMayWrite,
+                     .marked = kMayRead | kMayWrite};
 
 class RecentTranslationsTest : public ::testing::Test {
  protected:
@@ -33,7 +36,9 @@ TEST_F(RecentTranslationsTest, AnyAddressOfThePage) {
 TEST_F(RecentTranslationsTest, OfALargePageTheParts) {
   VtdRequest request = kRequest;
   request.address = 0x40'1234;
-  recent_.remember(request, {.out = 0x80'1234, .span = uint64_t{1} << 21, .rights = kMayRead});
+  recent_.remember(
+      request,
+      {.out = 0x80'1234, .span = uint64_t{1} << 21, .rights = kMayRead, .marked = kMayRead});
   request.address = 0x40'1000;
   ASSERT_TRUE(Finds(request));
   EXPECT_EQ(found_.address, 0x80'1000);
@@ -73,21 +78,25 @@ TEST_F(RecentTranslationsTest, OnlyAccesses) {
 }
 
 // A wish for more has to leave marks in the tables.
-TEST_F(RecentTranslationsTest, NoMoreThanWasWanted) {
+TEST_F(RecentTranslationsTest, NoMoreThanIsMarked) {
   const auto wanting = [](Wanted wanted) {
     VtdRequest request = kRequest;
     request.wanted = wanted;
     return request;
   };
-  recent_.remember(kRequest, kLeaf);
+  Leaf clean = kLeaf;
+  clean.marked = kMayRead;
+  recent_.remember(kRequest, clean);
+  EXPECT_TRUE(Finds(kRequest));
   EXPECT_FALSE(Finds(wanting(Access::kWrite)));
   EXPECT_FALSE(Finds(wanting(Access::kReadWrite)));
   EXPECT_FALSE(Finds(wanting({}))) << "who wants nothing";
-  recent_.remember(wanting(Access::kWrite), kLeaf);
-  EXPECT_TRUE(Finds(wanting(Access::kReadWrite))) << "both were wanted of the same page";
-  recent_.remember(wanting(Access::kWrite), {0x999'9abc, kPageSize, kMayWrite});
-  EXPECT_FALSE(Finds(kRequest)) << "another page now";
-  EXPECT_TRUE(Finds(wanting(Access::kWrite)));
+  recent_.remember(kRequest, kLeaf);
+  EXPECT_TRUE(Finds(wanting(Access::kWrite))) << "dirty already, whoever made it so";
+  EXPECT_TRUE(Finds(wanting(Access::kReadWrite)));
+  EXPECT_FALSE(Finds(wanting({})));
+  recent_.remember(kRequest, clean);
+  EXPECT_FALSE(Finds(wanting(Access::kWrite))) << "the last look at the tables counts";
 }
 
 TEST_F(RecentTranslationsTest, AllIsForgottenAtOnceAndForGood) {
@@ -108,7 +117,7 @@ TEST_F(RecentTranslationsTest, TheNewestIsAlwaysThere) {
   for (uint64_t page = 0; page < 1000; ++page) {
     request.address = page << 12;
     request.pasid = page % 3;
-    recent_.remember(request, {page << 13, kPageSize, kMayRead});
+    recent_.remember(request, {page << 13, kPageSize, kMayRead, kMayRead});
     ASSERT_TRUE(Finds(request));
     ASSERT_EQ(found_.address, page << 13);
   }

@@ -142,6 +142,55 @@ TEST_F(VtdIommuCachesTest, AWriteAfterAReadStillSetsDirty) {
   EXPECT_EQ(iommu_->counters().walks, walks);
 }
 
+TEST_F(VtdIommuCachesTest, AWriteToADirtyPageNeedsNoWalkAfterARead) {
+  Put(kFirstLeafAt, 0x567'8067);
+  EXPECT_TRUE(Translate(Access::kRead));
+  const auto walks = iommu_->counters().walks;
+  EXPECT_TRUE(Translate(Access::kWrite));
+  EXPECT_TRUE(Translate(Access::kReadWrite));
+  EXPECT_EQ(iommu_->counters().walks, walks);
+}
+
+// Without the few last translations in front of the IOTLB: another kind of request, which has its
+// answers from there alone.
+TEST_F(VtdIommuCachesTest, TheIotlbItselfKnowsWhatIsDirty) {
+  const auto ask = [&](Access access) {
+    VtdRequest request = Request(kGva, access);
+    request.kind = VtdRequest::Kind::kTranslation;
+    const auto walks = iommu_->counters().walks;
+    EXPECT_TRUE(iommu_->translate(request));
+    return iommu_->counters().walks - walks;
+  };
+  Put(kFirstLeafAt, 0x567'8007);
+  EXPECT_EQ(ask(Access::kRead), 1);
+  EXPECT_EQ(ask(Access::kRead), 0);
+  EXPECT_EQ(ask(Access::kWrite), 1) << "it has to be marked";
+  EXPECT_EQ(ask(Access::kWrite), 0);
+  EXPECT_EQ(ask(Access::kRead), 0) << "what was written is accessed";
+  Put(kFirstLeafAt, 0x567'8047);
+  Invalidate(0x0001'2345'0042'0026);
+  EXPECT_EQ(ask(Access::kRead), 1);
+  EXPECT_EQ(Get(kFirstLeafAt) & 0x60, 0x60);
+  EXPECT_EQ(ask(Access::kReadWrite), 0);
+}
+
+// Of two stages, both have to be dirty; a stage that keeps no such flags is as good as that.
+TEST_F(VtdIommuCachesTest, ADirtyFlagOfEitherStageThatIsMissingIsSet) {
+  Put(kFirstLeafAt, 0x567'8067);
+  PutEntry(kEntryAt, kNested | 1 << 9, 0x180'0042, 0x40'0000);
+  Invalidate(0x37);
+  EXPECT_TRUE(Translate(Access::kRead));
+  EXPECT_EQ(Get(kSecondLeafAt) & 0x300, 0x100);
+  const auto walks = iommu_->counters().walks;
+  EXPECT_TRUE(Translate(Access::kWrite));
+  EXPECT_EQ(Get(kSecondLeafAt) & 0x300, 0x300);
+  EXPECT_EQ(iommu_->counters().walks, walks + 1);
+  Invalidate(0x0001'2345'0042'0026);
+  EXPECT_TRUE(Translate(Access::kRead));
+  EXPECT_TRUE(Translate(Access::kWrite));
+  EXPECT_EQ(iommu_->counters().walks, walks + 2);
+}
+
 TEST_F(VtdIommuCachesTest, AHitAllowsNoMoreThanTheTables) {
   Put(kFirstLeafAt, 0x567'8065);
   EXPECT_TRUE(Translate(Access::kRead));
