@@ -280,6 +280,11 @@ class ApiOnlyDomain final : public Domain, private DevicePins::Sharer {
   Result<void> LockRunsLocked(const GuestFile& file, std::span<const PageRun> runs)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);
 
+  // word_access.cc
+  // False when something is unusual; nothing is told to the observer.
+  bool TryLoadWords(Iova iova, std::span<uint64_t> words) const;
+  [[gnu::noinline]] Result<void> LoadWordsSlowly(Iova iova, std::span<uint64_t> words) const;
+
   // unmap.cc
   std::vector<PinContext*> HoldingContextsLocked(const Unmapping& unmapping) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(pin_mutex_);

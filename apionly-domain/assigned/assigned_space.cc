@@ -81,6 +81,16 @@ AssignedSpace::Pieces::iterator AssignedSpace::UnmapPieceLocked(Pieces::iterator
 
 void AssignedSpace::unmap(IovaRange iova) {
   MutexLock lock(mutex_);
+  UnmapLocked(iova);
+}
+
+void AssignedSpace::unmap_and_flush(IovaRange iova) {
+  MutexLock lock(mutex_);
+  UnmapLocked(iova);
+  FlushLocked();
+}
+
+void AssignedSpace::UnmapLocked(IovaRange iova) {
   RemoveLocked(PagesOf(iova));
   taken_pages_ -= PagesIn(iova.size());
   unflushed_.push_back(iova);
@@ -132,7 +142,7 @@ Result<void> AssignedSpace::SplitAtLocked(uint64_t page) {
 
 IovaRange AssignedSpace::cut_hull(IovaRange iova) const {
   const PageRun pages = PagesOf(iova);
-  ReaderMutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   uint64_t first = pages.first;
   uint64_t end = pages.end();
   for (auto it = FirstOverlapLocked(pages); it != pieces_.end() && it->first < pages.end(); ++it) {
@@ -145,7 +155,7 @@ IovaRange AssignedSpace::cut_hull(IovaRange iova) const {
 std::vector<PageRun> AssignedSpace::shown_pages(IovaRange iova) const {
   const PageRun pages = PagesOf(iova);
   std::vector<PageRun> shown;
-  ReaderMutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   for (auto it = FirstOverlapLocked(pages); it != pieces_.end() && it->first < pages.end(); ++it) {
     const uint64_t first = std::max(it->first, pages.first);
     shown.push_back({first, std::min(it->second.pages.end(), pages.end()) - first});
@@ -173,7 +183,7 @@ AssignedSpace::Pieces::const_iterator AssignedSpace::FirstOverlapLocked(PageRun 
 
 bool AssignedSpace::shows(IovaRange iova, const std::byte* host) const {
   const PageRun pages = PagesOf(iova);
-  ReaderMutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   uint64_t page = pages.first;
   for (auto it = FirstOverlapLocked(pages); it != pieces_.end() && page < pages.end(); ++it) {
     const Piece& piece = it->second;
@@ -187,7 +197,7 @@ bool AssignedSpace::shows(IovaRange iova, const std::byte* host) const {
 }
 
 AssignedSpace::Counters AssignedSpace::counters() const {
-  ReaderMutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   Counters counters = counters_;
   counters.mappings = pieces_.size();
   counters.lost_pages = taken_pages_ - counters.mapped_pages;

@@ -65,6 +65,8 @@ class AssignedSpace {
   void unmap(IovaRange iova);
   // From now on no device reaches what was unmapped before; its IOVAs may be handed out again.
   void flush();
+  // Both, in one go.
+  void unmap_and_flush(IovaRange iova);
 
   // What isolate() of the range takes away for a moment: it, and the mappings of the IOMMU that it
   // cuts.
@@ -97,11 +99,13 @@ class AssignedSpace {
   // Takes the pages away, maps again what is left of the pieces that they cut.
   void RemoveLocked(PageRun pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Result<void> SplitAtLocked(uint64_t page) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void UnmapLocked(IovaRange iova) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void FlushLocked() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  Pieces::const_iterator FirstOverlapLocked(PageRun pages) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  Pieces::const_iterator FirstOverlapLocked(PageRun pages) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const bool maps_each_page_;
-  mutable Mutex mutex_;
+  mutable ExclusiveMutex mutex_;
   const std::unique_ptr<AssignedIommu> iommu_;  // locks itself, but changes only with mutex_ held
   IovaAllocator iovas_ ABSL_GUARDED_BY(mutex_);
   Pieces pieces_ ABSL_GUARDED_BY(mutex_);

@@ -21,6 +21,11 @@ class DeviceTarget {
   virtual void unmap(IovaRange iova) = 0;
   // From now on the device does not reach what was unmapped.
   virtual void flush() = 0;
+  // Both, for one range.
+  virtual void unmap_and_flush(IovaRange iova) {
+    unmap(iova);
+    flush();
+  }
   // Whether the device reaches the memory from `host` on there, as it was mapped.
   virtual bool shows(IovaRange iova, const std::byte* host) const = 0;
   // Whether the device used the page since this was asked last. Only tables with accessed flags
@@ -40,6 +45,7 @@ class SpaceTarget final : public DeviceTarget {
   }
   void unmap(IovaRange iova) override { space_.unmap(iova); }
   void flush() override { space_.flush(); }
+  void unmap_and_flush(IovaRange iova) override { space_.unmap_and_flush(iova); }
   bool shows(IovaRange iova, const std::byte* host) const override {
     return space_.shows(iova, host);
   }

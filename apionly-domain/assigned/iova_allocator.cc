@@ -103,9 +103,13 @@ void IovaAllocator::Take(PageRun pages) {
   const uint64_t first = it->first;
   const uint64_t end = it->second;
   MVGPU_CHECK(first <= pages.first && pages.end() <= end);
-  free_.erase(it);
-  if (first < pages.first) free_.emplace(first, pages.first);
-  if (pages.end() < end) free_.emplace(pages.end(), end);
+  auto next = std::next(it);
+  if (first < pages.first) {
+    it->second = pages.first;
+  } else {
+    next = free_.erase(it);
+  }
+  if (pages.end() < end) free_.emplace_hint(next, pages.end(), end);
   free_pages_ -= pages.count;
 }
 

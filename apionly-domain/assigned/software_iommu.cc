@@ -193,14 +193,14 @@ SoftwareIommu::Cached SoftwareIommu::Walk(Iova iova) {
 }
 
 SoftwareIommu::Counters SoftwareIommu::counters() const {
-  ReaderMutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   Counters counters = counters_;
   counters.spare_tables = spare_.size();
   return counters;
 }
 
 std::optional<SoftwareIommu::Fault> SoftwareIommu::last_fault() const {
-  ReaderMutexLock lock(mutex_);
+  MutexLock lock(mutex_);
   return last_fault_;
 }
 

@@ -84,7 +84,7 @@ class SoftwareIommu final : public AssignedIommu {
   Cached Walk(Iova iova) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const std::array<IovaRange, 2> usable_;
-  mutable Mutex mutex_;
+  mutable ExclusiveMutex mutex_;
   const std::unique_ptr<Table> root_ ABSL_PT_GUARDED_BY(mutex_);
   std::vector<std::unique_ptr<Table>> spare_ ABSL_GUARDED_BY(mutex_);      // empty
   absl::btree_map<uint64_t, IovaRange> mappings_ ABSL_GUARDED_BY(mutex_);  // by first page

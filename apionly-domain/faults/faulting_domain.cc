@@ -1,10 +1,10 @@
 #include "apionly-domain/faults/faulting_domain.h"
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <bit>
 #include <utility>
+
+#include <absl/container/inlined_vector.h>
 
 #include "apionly-domain/base/check.h"
 
@@ -18,61 +18,47 @@ constexpr int kTries = 8;
 
 // Pins are of a block at most, which a context counts page by page: so they may be let go in parts.
 constexpr auto kForm = PinCounts::FormFor(FaultingDomain::kBlockPages);
-
-// Calls visit(first, count) for each stretch of set bits.
-template <size_t kSize, typename Visit>
-void ForEachRun(const std::bitset<kSize>& bits, Visit visit) {
-  for (size_t first = bits._Find_first(); first < kSize;) {
-    size_t end = first + 1;
-    while (end < kSize && bits[end]) ++end;
-    visit(first, end - first);
-    first = bits._Find_next(end - 1);
-  }
-}
-
-template <size_t kSize>
-std::bitset<kSize> BitsFrom(size_t first, size_t count) {
-  return ~std::bitset<kSize>() >> (kSize - count) << first;
-}
+static_assert(kForm == PinCounts::Form::kDense);
 
 }  // namespace
 
-class FaultingDomain::BlockHold {
- public:
-  BlockHold() = default;
-  BlockHold(const FaultingDomain* domain, Block* block) : domain_(domain), block_(block) {}
-  BlockHold(BlockHold&& other) noexcept
-      : domain_(other.domain_), block_(std::exchange(other.block_, nullptr)) {}
-  BlockHold& operator=(BlockHold&&) = delete;
-  ~BlockHold() {
-    if (block_ == nullptr) return;
-    MutexLock lock(domain_->blocks_mutex_);
-    if (--block_->users != 0) return;
-    bool is_empty = false;
-    {
-      MutexLock block_lock(block_->mutex);
-      is_empty = block_->mapped.none();
-    }
-    if (is_empty) domain_->blocks_.erase(block_->first_page);
-  }
-  explicit operator bool() const { return block_ != nullptr; }
-  Block* get() const { return block_; }
-
- private:
-  const FaultingDomain* domain_ = nullptr;
-  Block* block_ = nullptr;
-};
-
 FaultingDomain::BlockHold FaultingDomain::HoldBlock(uint64_t first_page) const {
-  MutexLock lock(blocks_mutex_);
+  SpinLockHold lock(blocks_lock_);
   std::unique_ptr<Block>& block = blocks_[first_page];
-  if (block == nullptr) block = std::make_unique<Block>(first_page);
+  if (block == nullptr) block = MakeBlock(first_page);
   ++block->users;
   return {this, block.get()};
 }
 
+std::unique_ptr<FaultingDomain::Block> FaultingDomain::MakeBlock(uint64_t first_page) const {
+  if (spare_block_ == nullptr) return std::make_unique<Block>(first_page);
+  spare_block_->first_page = first_page;
+  return std::move(spare_block_);
+}
+
+// Without the block's lock: nobody has it, since nobody uses the block, and nobody can come to use
+// it while the lock of blocks is held.
+bool FaultingDomain::IsUnused(const Block& block) ABSL_NO_THREAD_SAFETY_ANALYSIS {
+  return block.users == 0 && block.mapped.none();
+}
+
+void FaultingDomain::LeaveBlock(Block* block) const {
+  if (block == last_left_ || !IsUnused(*block)) return;
+  if (last_left_ != nullptr && IsUnused(*last_left_)) {
+    const auto found = blocks_.find(last_left_->first_page);
+    spare_block_ = std::move(found->second);
+    blocks_.erase(found);
+  }
+  last_left_ = block;
+}
+
+uint64_t FaultingDomain::CountBlocks() const {
+  SpinLockHold lock(blocks_lock_);
+  return blocks_.size() - (last_left_ != nullptr && IsUnused(*last_left_) ? 1 : 0);
+}
+
 FaultingDomain::BlockHold FaultingDomain::HoldNextBlock(uint64_t first_page) const {
-  MutexLock lock(blocks_mutex_);
+  SpinLockHold lock(blocks_lock_);
   const auto found = blocks_.lower_bound(first_page);
   if (found == blocks_.end()) return {};
   ++found->second->users;
@@ -86,7 +72,7 @@ FaultingDomain::FaultingDomain(Options options, Parts parts)
 }
 
 FaultingDomain::~FaultingDomain() {
-  MutexLock lock(mappings_mutex_);
+  SpinLockHold lock(mappings_lock_);
   MVGPU_CHECK(mappings_.empty() && going_.empty() && pinned_.load() == 0);
 }
 
@@ -107,10 +93,8 @@ Result<FaultingDomain::Resolved> FaultingDomain::fault(Iova iova, Access access)
 
 Result<FaultingDomain::Resolved> FaultingDomain::Resolve(Iova iova, Access access) {
   const uint64_t page = iova.page();
-  // Before a block is made for it: most that is not mapped is far from what is.
-  if (auto place = PlaceOf(page, access); !place && place.error().code() != ErrorCode::kBusy) {
-    return tl::unexpected<Error>(std::move(place).error());
-  }
+  // The counter of its pin lies anywhere; by the time that it is pinned it is there.
+  context_->prefetch(iova, Access::kReadWrite);
   const BlockHold hold = HoldBlock(page - page % kBlockPages);
   for (int tries = 0; tries < kTries; ++tries) {
     Shortage shortage;
@@ -132,35 +116,33 @@ std::optional<Result<FaultingDomain::Resolved>> FaultingDomain::TryFault(Block& 
     if (place.error().code() == ErrorCode::kBusy) return Resolved{Outcome::kRetry};
     return tl::unexpected<Error>(std::move(place).error());
   }
-  const size_t index = page % kBlockPages;
-  if (block.mapped[index]) {
-    block.used[index] = true;
+  const PageRun one{page % kBlockPages, 1};
+  if (block.mapped.test(one.first)) {
+    block.used.set(one);
     if (parts_.target->shows(RangeOf({page, 1}), place->host_of(page))) {
       return Resolved{Outcome::kThere};
     }
-    TakeOutLocked(block, Bits().set(index));
+    TakeOutLocked(block, block.mapped, one);
   }
-  const PageRun window = WindowLocked(block, page, *place);
-  auto resolved = MapLocked(block, window, place->access, shortage);
-  // What is wrong with a neighbour does not concern the fault.
-  const bool has_failed = resolved && !resolved->has_value();
-  if (window.count > 1 && (has_failed || (!resolved && shortage->error))) {
+  for (PageRun pages = WindowLocked(block, page, *place);; pages = {page, 1}) {
+    auto resolved = MapLocked(block, pages, *place, shortage);
+    if (resolved && resolved->has_value()) {
+      if (resolved->value().outcome == Outcome::kMapped) block.used.set(one);
+      return resolved;
+    }
+    // What is wrong with a neighbour does not concern the fault.
+    const bool is_refused = resolved || shortage->error;
+    if (pages.count == 1 || !is_refused) return resolved;
     *shortage = {};
-    resolved = MapLocked(block, {page, 1}, place->access, shortage);
   }
-  if (resolved && resolved->has_value() && resolved->value().outcome == Outcome::kMapped) {
-    block.used[index] = true;
-  }
-  return resolved;
 }
 
-std::optional<Result<FaultingDomain::Resolved>> FaultingDomain::MapLocked(Block& block,
-                                                                          PageRun pages,
-                                                                          Access access,
-                                                                          Shortage* shortage) {
+inline std::optional<Result<FaultingDomain::Resolved>> FaultingDomain::MapLocked(
+    Block& block, PageRun pages, const Place& place, Shortage* shortage) {
   if (!Reserve(pages.count, &shortage->pages)) return std::nullopt;
-  auto done = PinAndMapLocked(block, pages, access);
-  if (done) return Resolved{Outcome::kMapped, pages.count};
+  auto done = PinAndMapLocked(block, pages, place);
+  if (done) [[likely]]
+    return Resolved{Outcome::kMapped, pages.count};
   pinned_ -= pages.count;
   if (done.error().code() == ErrorCode::kBusy) return Resolved{Outcome::kRetry};
   if (done.error().code() != ErrorCode::kLimit) return tl::unexpected<Error>(done.error());
@@ -191,28 +173,34 @@ PageRun FaultingDomain::WindowLocked(const Block& block, uint64_t page, const Pl
   uint64_t first = page;
   uint64_t end = page + 1;
   const auto is_free = [&](uint64_t at) ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex) {
-    return place.pages.contains(at) && !block.mapped[at % kBlockPages];
+    return place.pages.contains(at) && !block.mapped.test(at % kBlockPages);
   };
   while (first > start && is_free(first - 1)) --first;
   while (end < start + around && is_free(end)) ++end;
-  ReaderMutexLock lock(mappings_mutex_);
   const PageRun window{first, end - first};
+  if (!place.is_any_going) return window;
+  SpinLockHold lock(mappings_lock_);
   return IsGoingLocked(RangeOf(window)) ? PageRun{page, 1} : window;
 }
 
-Result<void> FaultingDomain::PinAndMapLocked(Block& block, PageRun pages, Access access) {
+inline Result<void> FaultingDomain::PinAndMapLocked(Block& block, PageRun pages,
+                                                    const Place& place) {
   const bool is_timed = parts_.times != nullptr;
   const auto now = [&] { return is_timed ? FaultClock::now() : FaultClock::time_point(); };
   const auto start = now();
-  MVGPU_ASSIGN_OR_RETURN(PinnedRange pinned, context_->pin(RangeOf(pages), access));
+  MVGPU_RETURN_IF_ERROR(context_->pin_kept(pages, place.access));
   const auto pinned_at = now();
-  MVGPU_RETURN_IF_ERROR(ShowRuns(pinned.runs(), access));
-  MVGPU_CHECK(pinned.keep() == kForm);
-  const Bits fresh = BitsFrom<kBlockPages>(pages.first % kBlockPages, pages.count);
-  block.mapped |= fresh;
-  block.for_write =
-      Allows(access, Access::kWrite) ? block.for_write | fresh : block.for_write & ~fresh;
-  block.used &= ~fresh;
+  // One piece: they are of one mapping.
+  auto shown = parts_.target->map(RangeOf(pages), place.host_of(pages.first), place.access);
+  if (!shown) {
+    context_->release_last({&pages, 1}, place.access, kForm);
+    return shown;
+  }
+  const PageRun fresh{pages.first % kBlockPages, pages.count};
+  block.mapped.set(fresh);
+  block.young.set(fresh);
+  block.for_write.assign(fresh, Allows(place.access, Access::kWrite));
+  block.used.clear(fresh);  // by what was there before
   if (is_timed) {
     parts_.times->add(FaultStep::kPin, pinned_at - start);
     parts_.times->add(FaultStep::kMap, FaultClock::now() - pinned_at);
@@ -220,35 +208,45 @@ Result<void> FaultingDomain::PinAndMapLocked(Block& block, PageRun pages, Access
   return {};
 }
 
-Result<void> FaultingDomain::ShowRuns(std::span<const PinnedRun> runs, Access access) {
-  for (size_t i = 0; i < runs.size(); ++i) {
-    auto shown = parts_.target->map(runs[i].iova, runs[i].host, access);
-    if (shown) continue;
-    for (size_t done = 0; done < i; ++done) parts_.target->unmap(runs[done].iova);
-    if (i > 0) parts_.target->flush();
-    return shown;
-  }
-  return {};
-}
-
-uint64_t FaultingDomain::TakeOutLocked(Block& block, Bits pages) {
-  pages &= block.mapped;
-  if (pages.none()) return 0;
-  ForEachRun(pages, [&](uint64_t index, uint64_t count) {
-    parts_.target->unmap(RangeOf({block.first_page + index, count}));
-  });
-  parts_.target->flush();
-  const auto release = [&](const Bits& bits, Access access) {
-    ForEachRun(bits, [&](uint64_t index, uint64_t count) {
-      context_->release_kept({block.first_page + index, count}, access, kForm);
-    });
+uint64_t FaultingDomain::TakeOutLocked(Block& block, const PageBits& pages, PageRun within) {
+  absl::InlinedVector<PageRun, 4> going;
+  pages.for_each_run(within, [&](PageRun run) { going.push_back(run); });
+  if (going.empty()) return 0;
+  const auto range_of = [&](PageRun run) {
+    return RangeOf({block.first_page + run.first, run.count});
   };
-  release(pages & block.for_write, Access::kReadWrite);
-  release(pages & ~block.for_write, Access::kRead);
-  block.mapped &= ~pages;
-  const uint64_t gone = pages.count();
+  if (going.size() == 1) {
+    parts_.target->unmap_and_flush(range_of(going.front()));
+  } else {
+    for (const PageRun& run : going) parts_.target->unmap(range_of(run));
+    parts_.target->flush();
+  }
+  uint64_t gone = 0;
+  for (const PageRun& run : going) {
+    block.mapped.clear(run);
+    gone += run.count;
+  }
+  for (const Access access : {Access::kReadWrite, Access::kRead}) {
+    ReleaseLocked(block, going, access);
+  }
   pinned_ -= gone;
   return gone;
+}
+
+// Those of the pages that were mapped for this access, in one go.
+inline void FaultingDomain::ReleaseLocked(const Block& block, std::span<const PageRun> going,
+                                          Access access) {
+  const bool for_write = Allows(access, Access::kWrite);
+  absl::InlinedVector<PageRun, 4> released;
+  for (const PageRun& run : going) {
+    for (uint64_t first = block.for_write.find(run.first, run.end(), for_write);
+         first < run.end();) {
+      const uint64_t end = block.for_write.find(first, run.end(), !for_write);
+      released.push_back({block.first_page + first, end - first});
+      first = block.for_write.find(end, run.end(), for_write);
+    }
+  }
+  context_->release_last(released, access, kForm);
 }
 
 uint64_t FaultingDomain::TakeOutRange(IovaRange range) {
@@ -262,61 +260,8 @@ uint64_t FaultingDomain::TakeOutRange(IovaRange range) {
     from = block.first_page + kBlockPages;
     const uint64_t count = std::min(pages.end(), from) - first;
     MutexLock lock(block.mutex);
-    gone += TakeOutLocked(block, BitsFrom<kBlockPages>(first - block.first_page, count));
+    gone += TakeOutLocked(block, block.mapped, {first - block.first_page, count});
   }
-  return gone;
-}
-
-uint64_t FaultingDomain::SweepLocked(Block& block, uint64_t* index, uint64_t wanted, bool any) {
-  Bits going;
-  uint64_t found = 0;
-  uint64_t at = *index;
-  for (; at < kBlockPages && found < wanted; ++at) {
-    if (!block.mapped[at]) continue;
-    const bool was_accessed = parts_.target->take_accessed(Iova(BytesIn(block.first_page + at)));
-    const bool was_used = block.used[at] || was_accessed;
-    block.used[at] = false;
-    if (was_used && !any) continue;
-    going[at] = true;
-    ++found;
-  }
-  *index = at;
-  return TakeOutLocked(block, going);
-}
-
-uint64_t FaultingDomain::Evict(uint64_t wanted) {
-  MutexLock lock(clock_mutex_);
-  uint64_t gone = 0;
-  // The rest of this lap and the next one may only have found pages that were used.
-  for (unsigned laps = 0; gone < wanted && laps < 3;) {
-    uint64_t index = hand_ % kBlockPages;
-    const BlockHold hold = HoldNextBlock(hand_ - index);
-    if (!hold) {
-      hand_ = 0;
-      ++laps;
-      continue;
-    }
-    Block& block = *hold.get();
-    if (block.first_page != hand_ - index) index = 0;
-    MutexLock block_lock(block.mutex);
-    gone += SweepLocked(block, &index, wanted - gone, /*any=*/laps == 2);
-    hand_ = block.first_page + index;
-  }
-  count_.evicted += gone;
-  return gone;
-}
-
-uint64_t FaultingDomain::drop_unused() {
-  uint64_t gone = 0;
-  for (uint64_t from = 0;; from += kBlockPages) {
-    const BlockHold hold = HoldNextBlock(from);
-    if (!hold) break;
-    from = hold.get()->first_page;
-    uint64_t index = 0;
-    MutexLock lock(hold.get()->mutex);
-    gone += SweepLocked(*hold.get(), &index, kBlockPages, /*any=*/false);
-  }
-  count_.evicted += gone;
   return gone;
 }
 
@@ -335,7 +280,7 @@ bool FaultingDomain::is_mapped(Iova iova) const {
   const BlockHold hold = HoldNextBlock(iova.page() - index);
   if (!hold || hold.get()->first_page != iova.page() - index) return false;
   MutexLock lock(hold.get()->mutex);
-  return hold.get()->mapped[index];
+  return hold.get()->mapped.test(index);
 }
 
 FaultingDomain::Counters FaultingDomain::counters() const {
@@ -343,11 +288,13 @@ FaultingDomain::Counters FaultingDomain::counters() const {
   for (uint64_t from = 0;; from += kBlockPages) {
     const BlockHold hold = HoldNextBlock(from);
     if (!hold) break;
-    from = hold.get()->first_page;
-    MutexLock lock(hold.get()->mutex);
-    counters.mapped_pages += hold.get()->mapped.count();
-    ++counters.blocks;
+    Block& block = *hold.get();
+    from = block.first_page;
+    MutexLock lock(block.mutex);
+    block.mapped.for_each_run(block.all(),
+                              [&](PageRun run) { counters.mapped_pages += run.count; });
   }
+  counters.blocks = CountBlocks();
   counters.pinned_pages = pinned_.load();
   counters.peak_pinned_pages = peak_pinned_.load();
   counters.faults = count_.faults.load();

@@ -10,7 +10,8 @@
 //     then target; to unmap is target, flush, then unpin: the device never reaches what is not
 //     pinned.
 //   - Never more than Options::max_pinned_pages are pinned. Who needs room takes it from the pages
-//     that were not used for longest, by a clock over all pages.
+//     that were not used for longest, by a clock over all pages; neighbours that came with a fault
+//     and were not used yet go first.
 //   - While a range is on its way out (an Invalidation, an unmap by the VMM), faults in it change
 //     nothing and are to be tried again; when begin_invalidate() returns, nothing there is mapped
 //     or pinned. So no fault brings back what is being given back.
@@ -24,7 +25,6 @@
 // blocks of 2 MiB do not wait for each other here; the pin lock of the ApiOnlyDomain is one.
 
 #include <atomic>
-#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -32,6 +32,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include <absl/container/btree_map.h>
@@ -39,16 +40,19 @@
 #include "apionly-domain/api_only_domain.h"
 #include "apionly-domain/assigned/device_target.h"
 #include "apionly-domain/base/mutex.h"
+#include "apionly-domain/base/spin_lock.h"
 #include "apionly-domain/domain.h"
 #include "apionly-domain/faults/fault_times.h"
+#include "apionly-domain/faults/page_bits.h"
 
 namespace mvgpu::domain {
 
-// Thread-safe. Lock order: the container's change lock, the clock's lock, the lock of blocks, a
-// block's lock, then the lock of mappings, the pin lock, or what the target locks.
+// Thread-safe. Lock order: the container's change lock, the clock's lock, a block's lock, then the
+// pin lock or what the target locks. The locks of blocks and of mappings are for moments, and
+// nothing is locked under them.
 class FaultingDomain final : public Domain, public PinOwner {
  public:
-  static constexpr uint64_t kBlockPages = 512;
+  static constexpr uint64_t kBlockPages = PageBits::kPages;
   struct Options {
     std::string name = "faulting";
     // How many pages one fault may bring: a power of two up to kBlockPages. The window around the
@@ -74,7 +78,7 @@ class FaultingDomain final : public Domain, public PinOwner {
     uint64_t mapped_pages = 0;  // bits that are set
     uint64_t pinned_pages = 0;  // for faults under way too
     uint64_t peak_pinned_pages = 0;
-    uint64_t blocks = 0;  // what this domain remembers: 2 MiB each, 200 bytes or so
+    uint64_t blocks = 0;  // that it remembers pages of: 2 MiB each, 350 bytes or so
     uint64_t faults = 0;
     uint64_t pages_mapped = 0;       // by them, since creation
     uint64_t already_there = 0;      // faults
@@ -115,8 +119,10 @@ class FaultingDomain final : public Domain, public PinOwner {
   // The same, begun and ended. Returns how many pages went.
   uint64_t invalidate(IovaRange range) { return begin_invalidate(range).pages(); }
 
-  // Drops every page that was not used since the last call, as far as faults and the target's
-  // accessed flags tell. Returns how many.
+  // Drops every page that was there all the time since the last call and was not used meanwhile, as
+  // far as faults and the target's accessed flags tell. So what came since then stays, also the
+  // neighbours of a fault: the device had no whole period yet in which it could have come to them.
+  // Returns how many went.
   uint64_t drop_unused();
 
   bool is_mapped(Iova iova) const;
@@ -132,15 +138,17 @@ class FaultingDomain final : public Domain, public PinOwner {
   void on_revoke(IovaRange range) override;
 
  private:
-  using Bits = std::bitset<kBlockPages>;
   struct Block {
     explicit Block(uint64_t first) : first_page(first) {}
-    const uint64_t first_page;
+    PageRun all() const { return {0, kBlockPages}; }  // by their numbers in the block
+
+    uint64_t first_page;
     ExclusiveMutex mutex;
-    Bits mapped ABSL_GUARDED_BY(mutex);
-    Bits for_write ABSL_GUARDED_BY(mutex);  // of the mapped ones: how they are pinned
-    Bits used ABSL_GUARDED_BY(mutex);       // since the clock came by
-    uint64_t users = 0;                     // guarded by blocks_mutex_; it is not freed before
+    PageBits mapped ABSL_GUARDED_BY(mutex);
+    PageBits for_write ABSL_GUARDED_BY(mutex);  // of the mapped ones: how they are pinned
+    PageBits used ABSL_GUARDED_BY(mutex);       // since the clock or drop_unused() came by
+    PageBits young ABSL_GUARDED_BY(mutex);      // mapped since drop_unused() came by
+    uint64_t users = 0;                         // guarded by blocks_lock_; it is not freed before
   };
   // Keeps a block while it is used; one without mapped pages goes with the last user.
   class BlockHold;
@@ -148,7 +156,8 @@ class FaultingDomain final : public Domain, public PinOwner {
   struct Place {
     PageRun pages;
     Access access;
-    std::byte* host;  // of the first page
+    std::byte* host;    // of the first page
+    bool is_any_going;  // some range of the VM is on its way out
     std::byte* host_of(uint64_t page) const { return host + BytesIn(page - pages.first); }
   };
   // Why a fault has to wait for pages to be dropped.
@@ -161,35 +170,53 @@ class FaultingDomain final : public Domain, public PinOwner {
   BlockHold HoldBlock(uint64_t first_page) const;
   // The first block that begins there or later; empty when there is none.
   BlockHold HoldNextBlock(uint64_t first_page) const;
+  std::unique_ptr<Block> MakeBlock(uint64_t first_page) const
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(blocks_lock_);
+  // Nobody uses the block any more: if nothing is mapped in it either, the last one that was left
+  // so is forgotten.
+  void LeaveBlock(Block* block) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(blocks_lock_);
+  static bool IsUnused(const Block& block);
+  uint64_t CountBlocks() const;
 
   Result<Resolved> Resolve(Iova iova, Access access);
   // nullopt: there was no room.
   std::optional<Result<Resolved>> TryFault(Block& block, uint64_t page, Access access,
                                            Shortage* shortage);
-  std::optional<Result<Resolved>> MapLocked(Block& block, PageRun pages, Access access,
+  std::optional<Result<Resolved>> MapLocked(Block& block, PageRun pages, const Place& place,
                                             Shortage* shortage)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
   // The pages to map for a fault.
   PageRun WindowLocked(const Block& block, uint64_t page, const Place& place) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
-  Result<void> PinAndMapLocked(Block& block, PageRun pages, Access access)
+  Result<void> PinAndMapLocked(Block& block, PageRun pages, const Place& place)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
-  Result<void> ShowRuns(std::span<const PinnedRun> runs, Access access);
-  // Unmaps and unpins those of the pages that are mapped; returns how many.
-  uint64_t TakeOutLocked(Block& block, Bits pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
+  // Unmaps and unpins those of the pages that are mapped, by their numbers in the block; returns
+  // how many.
+  uint64_t TakeOutLocked(Block& block, const PageBits& pages, PageRun within)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
+  void ReleaseLocked(const Block& block, std::span<const PageRun> going, Access access)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
   uint64_t TakeOutRange(IovaRange range);
+  bool Reserve(uint64_t pages, uint64_t* missing);
+
+  // faulting_clock.cc
+  // Whether a page was used since it was asked last, and forgets that.
+  bool TakeUsedLocked(Block& block, uint64_t index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
   // Of the pages from *index on: takes up to `wanted` out that were not used, or, with `any`, used
   // or not; *index is where it stopped.
   uint64_t SweepLocked(Block& block, uint64_t* index, uint64_t wanted, bool any)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
   // Makes room. Returns how many pages went, 0 when there are none.
   uint64_t Evict(uint64_t wanted);
-  bool Reserve(uint64_t pages, uint64_t* missing);
+  uint64_t DropUnusedLocked(Block& block) ABSL_EXCLUSIVE_LOCKS_REQUIRED(block.mutex);
 
+  // faulting_mappings.cc
   // The mapping around a page. With the lock of the page's block held it does not go while that is
   // held; kBusy while it is on its way out.
   Result<Place> PlaceOf(uint64_t page, Access access) const;
-  bool IsGoingLocked(IovaRange range) const ABSL_SHARED_LOCKS_REQUIRED(mappings_mutex_);
+  tl::unexpected<Error> PlaceError(ErrorCode code, uint64_t page, Access wanted,
+                                   Access mapped) const;
+  bool IsGoingLocked(IovaRange range) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mappings_lock_);
   void BeginGoing(IovaRange range);
   void EndGoing(IovaRange range);
 
@@ -200,13 +227,17 @@ class FaultingDomain final : public Domain, public PinOwner {
   ExclusiveMutex clock_mutex_;
   uint64_t hand_ ABSL_GUARDED_BY(clock_mutex_) = 0;  // a page
 
-  mutable ExclusiveMutex blocks_mutex_;
-  // By first page. Each has mapped pages or users. Mutable: who only looks is a user too.
-  mutable absl::btree_map<uint64_t, std::unique_ptr<Block>> blocks_ ABSL_GUARDED_BY(blocks_mutex_);
+  mutable SpinLock blocks_lock_;
+  // By first page. Each but one has mapped pages or users. Mutable: who only looks is a user too.
+  mutable absl::btree_map<uint64_t, std::unique_ptr<Block>> blocks_ ABSL_GUARDED_BY(blocks_lock_);
+  // The one that may have neither, and one that was forgotten, for the next that is needed: lone
+  // pages that come and go allocate nothing.
+  mutable Block* last_left_ ABSL_GUARDED_BY(blocks_lock_) = nullptr;
+  mutable std::unique_ptr<Block> spare_block_ ABSL_GUARDED_BY(blocks_lock_);
 
-  mutable Mutex mappings_mutex_;
-  absl::btree_map<uint64_t, Mapping> mappings_ ABSL_GUARDED_BY(mappings_mutex_);  // by first IOVA
-  std::vector<IovaRange> going_ ABSL_GUARDED_BY(mappings_mutex_);
+  mutable SpinLock mappings_lock_;
+  absl::btree_map<uint64_t, Mapping> mappings_ ABSL_GUARDED_BY(mappings_lock_);  // by first IOVA
+  std::vector<IovaRange> going_ ABSL_GUARDED_BY(mappings_lock_);
 
   // Relaxed: numbers, nothing is published with them.
   std::atomic<uint64_t> pinned_{0};
@@ -215,6 +246,26 @@ class FaultingDomain final : public Domain, public PinOwner {
     std::atomic<uint64_t> faults{0}, pages_mapped{0}, already_there{0}, retries{0}, failures{0},
         evicted{0}, invalidated{0}, revoked{0};
   } count_;
+};
+
+class FaultingDomain::BlockHold {
+ public:
+  BlockHold() = default;
+  BlockHold(const FaultingDomain* domain, Block* block) : domain_(domain), block_(block) {}
+  BlockHold(BlockHold&& other) noexcept
+      : domain_(other.domain_), block_(std::exchange(other.block_, nullptr)) {}
+  BlockHold& operator=(BlockHold&&) = delete;
+  ~BlockHold() {
+    if (block_ == nullptr) return;
+    SpinLockHold lock(domain_->blocks_lock_);
+    if (--block_->users == 0) domain_->LeaveBlock(block_);
+  }
+  explicit operator bool() const { return block_ != nullptr; }
+  Block* get() const { return block_; }
+
+ private:
+  const FaultingDomain* domain_ = nullptr;
+  Block* block_ = nullptr;
 };
 
 }  // namespace mvgpu::domain

@@ -11,30 +11,45 @@ namespace mvgpu::domain {
 
 Result<FaultingDomain::Place> FaultingDomain::PlaceOf(uint64_t page, Access access) const {
   const Iova iova(BytesIn(page));
-  ReaderMutexLock lock(mappings_mutex_);
-  const auto next = mappings_.upper_bound(iova.value());
-  if (next == mappings_.begin() || !std::prev(next)->second.iova.contains(iova)) {
-    return Fail(ErrorCode::kNotMapped,
-                fmt::format("{}: a fault at iova {:#x}, where the vmm maps nothing", options_.name,
-                            iova.value()));
+  ErrorCode error = ErrorCode::kNotMapped;
+  Access mapped = access;
+  {
+    SpinLockHold lock(mappings_lock_);
+    const auto next = mappings_.upper_bound(iova.value());
+    if (next != mappings_.begin() && std::prev(next)->second.iova.contains(iova)) {
+      const Mapping& mapping = std::prev(next)->second;
+      mapped = mapping.access;
+      if (IsGoingLocked(RangeOf({page, 1}))) {
+        error = ErrorCode::kBusy;
+      } else if (mapping.file == nullptr) {
+        error = ErrorCode::kNotReachable;
+      } else if (!Allows(mapping.access, access)) {
+        error = ErrorCode::kPermission;
+      } else {
+        return Place{PagesOf(mapping.iova), mapping.access,
+                     mapping.file->host_address(mapping.file_offset), !going_.empty()};
+      }
+    }
   }
-  const Mapping& mapping = std::prev(next)->second;
-  if (IsGoingLocked(RangeOf({page, 1}))) {
-    return Fail(ErrorCode::kBusy,
-                fmt::format("{}: iova {:#x} is about to be unmapped", options_.name, iova.value()));
+  return PlaceError(error, page, access, mapped);
+}
+
+tl::unexpected<Error> FaultingDomain::PlaceError(ErrorCode code, uint64_t page, Access wanted,
+                                                 Access mapped) const {
+  const uint64_t iova = BytesIn(page);
+  switch (code) {
+    case ErrorCode::kBusy:
+      return Fail(code, fmt::format("{}: iova {:#x} is about to be unmapped", options_.name, iova));
+    case ErrorCode::kNotReachable:
+      return Fail(code, fmt::format("{}: a fault at iova {:#x}, in a mapping without a file",
+                                    options_.name, iova));
+    case ErrorCode::kPermission:
+      return Fail(code, fmt::format("{}: a {} fault at iova {:#x}, which is mapped {}",
+                                    options_.name, AccessName(wanted), iova, AccessName(mapped)));
+    default:
+      return Fail(code, fmt::format("{}: a fault at iova {:#x}, where the vmm maps nothing",
+                                    options_.name, iova));
   }
-  if (mapping.file == nullptr) {
-    return Fail(ErrorCode::kNotReachable,
-                fmt::format("{}: a fault at iova {:#x}, in a mapping without a file", options_.name,
-                            iova.value()));
-  }
-  if (!Allows(mapping.access, access)) {
-    return Fail(ErrorCode::kPermission,
-                fmt::format("{}: a {} fault at iova {:#x}, which is mapped {}", options_.name,
-                            AccessName(access), iova.value(), AccessName(mapping.access)));
-  }
-  return Place{PagesOf(mapping.iova), mapping.access,
-               mapping.file->host_address(mapping.file_offset)};
 }
 
 bool FaultingDomain::IsGoingLocked(IovaRange range) const {
@@ -43,19 +58,19 @@ bool FaultingDomain::IsGoingLocked(IovaRange range) const {
 }
 
 void FaultingDomain::BeginGoing(IovaRange range) {
-  MutexLock lock(mappings_mutex_);
+  SpinLockHold lock(mappings_lock_);
   going_.push_back(range);
 }
 
 void FaultingDomain::EndGoing(IovaRange range) {
-  MutexLock lock(mappings_mutex_);
+  SpinLockHold lock(mappings_lock_);
   const auto found = std::find(going_.begin(), going_.end(), range);
   if (found != going_.end()) going_.erase(found);
 }
 
 void FaultingDomain::on_map_done(const Mapping& mapping, bool mapped) {
   if (!mapped) return;
-  MutexLock lock(mappings_mutex_);
+  SpinLockHold lock(mappings_lock_);
   mappings_.emplace(mapping.iova.start().value(), mapping);
 }
 
@@ -69,12 +84,12 @@ Result<void> FaultingDomain::on_unmap(const Unmapping& unmapping) {
 
 void FaultingDomain::on_unmap_done(const Unmapping& unmapping, bool unmapped) {
   if (unmapped) {
-    MutexLock lock(mappings_mutex_);
+    SpinLockHold lock(mappings_lock_);
     for (const Mapping& going : unmapping.mappings) {
       const auto found = std::prev(mappings_.upper_bound(going.iova.start().value()));
       const Mapping whole = found->second;
       mappings_.erase(found);
-      const auto keep = [&](Iova first, Iova last) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mappings_mutex_) {
+      const auto keep = [&](Iova first, Iova last) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mappings_lock_) {
         mappings_.emplace(first.value(), whole.slice(IovaRange::FromFirstAndLast(first, last)));
       };
       if (whole.iova.start() < going.iova.start()) {

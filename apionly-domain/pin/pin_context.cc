@@ -99,6 +99,11 @@ Result<PinnedRange> PinContext::pin_misses(std::span<const PageRun> pages, Acces
   return pinned;
 }
 
+Result<void> PinContext::pin_kept(PageRun pages, Access access) {
+  PinnedRuns runs;
+  return domain_.PinMiss(this, {&pages, 1}, access, PinCounts::FormFor(pages.count), &runs);
+}
+
 void PinContext::release_last(std::span<const PageRun> pages, Access access, PinCounts::Form form) {
   if (!pages.empty()) domain_.ReleaseMiss(this, pages, IsForWrite(access), form);
 }

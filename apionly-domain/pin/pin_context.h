@@ -67,6 +67,10 @@ class alignas(64) PinContext {
   // who knows that they are misses. REQUIRES: they are in ascending order, and apart.
   Result<PinnedRange> pin_misses(std::span<const PageRun> pages, Access access);
 
+  // The same for one run, without a handle: for who has books of its own. release_last() or
+  // release_kept() lets go, as a whole or in any parts, with PinCounts::FormFor(pages.count).
+  Result<void> pin_kept(PageRun pages, Access access);
+
   // Lets go of pages of which the handle was given up. REQUIRES: this context pinned them for this
   // kind of access, and PinnedRange::keep() said `form`.
   void release_kept(PageRun pages, Access access, PinCounts::Form form) {

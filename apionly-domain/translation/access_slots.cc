@@ -9,8 +9,12 @@ namespace {
 // 0, 1, 2 ... in the order in which threads come here.
 size_t ThreadNumber() {
   static std::atomic<size_t> next{0};
-  thread_local const size_t number = next.fetch_add(1, std::memory_order_relaxed);
-  return number;
+  constinit thread_local size_t after =
+      0;  // a constant, so that it needs no guard; 0: no number yet
+  if (after == 0) [[unlikely]] {
+    after = next.fetch_add(1, std::memory_order_relaxed) + 1;
+  }
+  return after - 1;
 }
 
 // Soon without a system call, then by giving the processor away, then asleep.
@@ -41,14 +45,6 @@ AccessSlots::Slot* AccessSlots::Claim() {
     }
     if (round >= kSlots) Pause(round);
   }
-}
-
-void AccessSlots::Section::begin_copy(IovaRange from, IovaRange to) {
-  slot_->first[0].store(from.start().value(), std::memory_order_relaxed);
-  slot_->last[0].store(from.last().value(), std::memory_order_relaxed);
-  slot_->first[1].store(to.start().value(), std::memory_order_relaxed);
-  slot_->last[1].store(to.last().value(), std::memory_order_relaxed);
-  slot_->state.store(kCopying, std::memory_order_release);
 }
 
 bool AccessSlots::Uses(const Slot& slot, IovaRange range) {

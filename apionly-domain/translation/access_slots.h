@@ -49,7 +49,13 @@ class AccessSlots {
 
     // From here on only unmaps of these ranges wait.
     void begin_copy(IovaRange range) { begin_copy(range, range); }
-    void begin_copy(IovaRange from, IovaRange to);
+    void begin_copy(IovaRange from, IovaRange to) {
+      slot_->first[0].store(from.start().value(), std::memory_order_relaxed);
+      slot_->last[0].store(from.last().value(), std::memory_order_relaxed);
+      slot_->first[1].store(to.start().value(), std::memory_order_relaxed);
+      slot_->last[1].store(to.last().value(), std::memory_order_relaxed);
+      slot_->state.store(kCopying, std::memory_order_release);
+    }
 
    private:
     Slot* slot_;

@@ -97,6 +97,28 @@ TEST_F(WordAccessTest, ATruncatedFileIsAnErrorOfThisGuestOnly) {
   EXPECT_THAT(Exchange(0x10'0000, 0, 1), IsOk());
 }
 
+// A file that is cut between two loads, again and again: each load answers for itself, in whatever
+// word of the page it began, and what was loaded of memory that is there is right.
+TEST_F(WordAccessTest, LoadsGoOnAfterOnesThatMetATruncatedFile) {
+  testing::GuestRam unsealed(BytesIn(2), /*seals=*/0);
+  ASSERT_THAT(container_.map(unsealed.map_request(0x10'0000, 0, BytesIn(2))), IsOk());
+  unsealed.put<uint64_t>(kPageSize - 8, 7);
+  for (int again = 0; again < 3; ++again) {
+    ASSERT_EQ(ftruncate(unsealed.fd(), kPageSize), 0);
+    std::array<uint64_t, 512> words;
+    EXPECT_THAT(domain_->load_words(Iova(0x10'1000), words), FailsWith(ErrorCode::kTruncated));
+    EXPECT_THAT(Load(0x10'1ff8), FailsWith(ErrorCode::kTruncated));
+    EXPECT_THAT(Load(0x10'0ff8), IsOkAndHolds(7u));
+    ASSERT_EQ(ftruncate(unsealed.fd(), BytesIn(2)), 0);
+    EXPECT_THAT(Load(0x10'1000), IsOkAndHolds(0u));
+  }
+}
+
+TEST_F(WordAccessTest, ALoadOfNoWordsIsInvalid) {
+  Map(0x4000, 0, kPageSize);
+  EXPECT_THAT(domain_->load_words(Iova(0x4000), {}), FailsWith(ErrorCode::kInvalid));
+}
+
 // The guest counts in the same word.
 TEST_F(WordAccessTest, ExchangesAreAtomicTowardsTheGuest) {
   constexpr uint64_t kRounds = 20000;

@@ -149,68 +149,19 @@ TEST_F(FaultingTest, WhileMemoryIsGivenBackFaultsThereAreToBeRepeated) {
   ExpectConsistent();
 }
 
-TEST_F(FaultingTest, NeverMorePagesThanTheLimitArePinned) {
-  Fault({.around_pages = 4, .max_pinned_pages = 10});
-  Map(0, 0, 0x40'0000);
-  for (uint64_t page = 0; page < 100; page += 3) {
-    ASSERT_NE(OutcomeAt(page), Outcome::kRetry);
-    ASSERT_TRUE(Shown().contains(page));
-    ExpectConsistent();
+// Pages of one block that are mapped for reading and for writing, in turns and with gaps.
+TEST_F(FaultingTest, PagesOfBothKindsAreReleasedAsTheyWerePinned) {
+  for (uint64_t page = 0; page < 12; page += 2) {
+    Map(BytesIn(page), BytesIn(page), BytesIn(2),
+        page % 4 == 0 ? Access::kRead : Access::kReadWrite);
   }
-  EXPECT_EQ(faulting_->counters().peak_pinned_pages, 10u);
-  EXPECT_EQ(pins_->pages.size(), domain_->counters().pinned_pages);
-}
-
-TEST_F(FaultingTest, AWindowLargerThanTheLimitIsOnePage) {
-  Fault({.around_pages = 16, .max_pinned_pages = 1});
-  Map(0, 0, 0x40'0000);
-  EXPECT_EQ(OutcomeAt(5), Outcome::kMapped);
-  EXPECT_EQ(OutcomeAt(6), Outcome::kMapped);
-  EXPECT_EQ(Shown(), Numbers(6, 1));
-}
-
-TEST_F(FaultingTest, TheClockSparesWhatWasUsedSinceItCameBy) {
-  Fault({.max_pinned_pages = 4});
-  Map(0, 0, 0x40'0000);
-  for (uint64_t page = 0; page < 4; ++page) ASSERT_EQ(OutcomeAt(page), Outcome::kMapped);
-  // All were used by their faults: one lap forgets that, the next takes the first.
-  ASSERT_EQ(OutcomeAt(100), Outcome::kMapped);
-  EXPECT_EQ(Shown(), (std::set<uint64_t>{1, 2, 3, 100}));
-  // The device goes on with 1 and 2, as its tables say.
-  target_->accessed = {1, 2};
-  ASSERT_EQ(OutcomeAt(101), Outcome::kMapped);
-  EXPECT_EQ(Shown(), (std::set<uint64_t>{1, 2, 100, 101}));
-  // A fault of a page that is there is a use, too.
-  ASSERT_EQ(OutcomeAt(1), Outcome::kThere);
-  ASSERT_EQ(OutcomeAt(102), Outcome::kMapped);
-  ASSERT_EQ(OutcomeAt(103), Outcome::kMapped);
-  EXPECT_TRUE(Shown().contains(1));
-  EXPECT_FALSE(Shown().contains(2));
-}
-
-TEST_F(FaultingTest, ADeviceThatUsesEverythingAllTheTimeStillGetsItsPage) {
-  Fault({.max_pinned_pages = 4});
-  Map(0, 0, 0x40'0000);
-  target_->always_accessed = true;
-  for (uint64_t page = 0; page < 600; page += 20) ASSERT_EQ(OutcomeAt(page), Outcome::kMapped);
-  EXPECT_EQ(Shown().size(), 4u);
+  for (const uint64_t page : {0, 1, 2, 3, 5, 6, 7, 8, 10}) {
+    ASSERT_THAT(At(page, Access::kRead), IsOk());
+  }
+  EXPECT_EQ(faulting_->invalidate(Pages(1, 9)), 7u);
+  EXPECT_EQ(Shown(), (std::set<uint64_t>{0, 10}));
   ExpectConsistent();
-}
-
-TEST_F(FaultingTest, WhatTheDeviceDoesNotUseIsDropped) {
-  Fault({.around_pages = 4});
-  Map(0, 0, 0x40'0000);
-  ASSERT_EQ(OutcomeAt(1), Outcome::kMapped);
-  ASSERT_EQ(OutcomeAt(0x201), Outcome::kMapped);
-  EXPECT_EQ(faulting_->drop_unused(), 6u);
-  EXPECT_EQ(Shown(), (std::set<uint64_t>{1, 0x201}));
-  target_->accessed = {0x201};
-  EXPECT_EQ(faulting_->drop_unused(), 1u);
-  EXPECT_EQ(Shown(), (std::set<uint64_t>{0x201}));
-  EXPECT_EQ(faulting_->drop_unused(), 1u);
-  EXPECT_EQ(faulting_->counters().evicted_pages, 8u);
-  EXPECT_EQ(faulting_->drop_unused(), 0u);
-  ExpectConsistent();
+  EXPECT_EQ(pins_->pages.size(), 2u);
 }
 
 TEST_F(FaultingTest, WhereTheDomainHasNoPinsLeftPagesOfOursMakeRoom) {
@@ -306,6 +257,29 @@ TEST_F(FaultingTest, NothingIsRememberedOfWhatIsNotMapped) {
     EXPECT_EQ(OutcomeAt(7), Outcome::kRetry);
     EXPECT_EQ(faulting_->counters().blocks, 0u);
   }
+}
+
+// What is kept of a block without pages is for the next one, and says nothing about its pages.
+TEST_F(FaultingTest, BlocksThatAreLeftAndMadeAgainBeginEmpty) {
+  for (uint64_t block = 0; block < 8; ++block) {
+    Map(BytesIn(block * FaultingDomain::kBlockPages), BytesIn(block * 16), BytesIn(16));
+  }
+  for (int round = 0; round < 3; ++round) {
+    for (uint64_t block = 0; block < 8; ++block) {
+      const uint64_t page = block * FaultingDomain::kBlockPages + 7;
+      ASSERT_EQ(OutcomeAt(page), Outcome::kMapped);
+      EXPECT_EQ(faulting_->counters().blocks, 1u);
+      EXPECT_FALSE(faulting_->is_mapped(Iova(BytesIn(page + 1))));
+      EXPECT_EQ(faulting_->invalidate(Pages(page, 1)), 1u);
+      EXPECT_EQ(faulting_->counters().blocks, 0u);
+      EXPECT_FALSE(faulting_->is_mapped(Iova(BytesIn(page))));
+    }
+  }
+  for (uint64_t block = 0; block < 8; ++block) {
+    ASSERT_EQ(OutcomeAt(block * FaultingDomain::kBlockPages), Outcome::kMapped);
+  }
+  EXPECT_EQ(faulting_->counters().blocks, 8u);
+  ExpectConsistent();
 }
 
 // Faults go on while this domain alone leaves: none may come after its part has been looked at.
