@@ -9,8 +9,7 @@ namespace {
 // 0, 1, 2 ... in the order in which threads come here.
 size_t ThreadNumber() {
   static std::atomic<size_t> next{0};
-  constinit thread_local size_t after =
-      0;  // a constant, so that it needs no guard; 0: no number yet
+  constinit thread_local size_t after = 0;  // none yet; constinit: needs no guard
   if (after == 0) [[unlikely]] {
     after = next.fetch_add(1, std::memory_order_relaxed) + 1;
   }
