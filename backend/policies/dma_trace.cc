@@ -121,8 +121,17 @@ Result<void> DmaTraceBuilder::Append(DmaEvent event) {
 
 Result<void> DmaTraceBuilder::map(uint64_t time_ns, uint32_t buffer) {
   if (mapped_[buffer]) return Fail(ErrorCode::kInvalid, "a dma buffer is mapped twice");
+  const uint64_t pages = pages_of(buffer);
+  if (pages > PagesIn(kMaxMappedBytes) - mapped_pages_) {
+    return Fail(ErrorCode::kLimit,
+                fmt::format("{}: {} MiB are mapped for devices at a time, {} more do not fit into "
+                            "the {} that can be played; take such maps out",
+                            trace_.name, BytesIn(mapped_pages_) >> 20, BytesIn(pages) >> 20,
+                            kMaxMappedBytes >> 20));
+  }
   MVGPU_RETURN_IF_ERROR(Append({time_ns, DmaEvent::Kind::kMap, buffer}));
   mapped_[buffer] = true;
+  mapped_pages_ += pages;
   return {};
 }
 
@@ -130,6 +139,7 @@ Result<void> DmaTraceBuilder::unmap(uint64_t time_ns, uint32_t buffer) {
   if (!mapped_[buffer]) return Fail(ErrorCode::kInvalid, "a dma buffer is unmapped twice");
   MVGPU_RETURN_IF_ERROR(Append({time_ns, DmaEvent::Kind::kUnmap, buffer}));
   mapped_[buffer] = false;
+  mapped_pages_ -= pages_of(buffer);
   return {};
 }
 

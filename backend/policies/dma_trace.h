@@ -64,6 +64,8 @@ class DmaTraceBuilder {
   static constexpr uint64_t kMaxApartBytes = uint64_t{1} << 40;
   static constexpr uint64_t kMaxDurationNs = 7 * 24 * 3600 * uint64_t{1'000'000'000};
   static constexpr size_t kMaxEvents = size_t{1} << 26;
+  // At a time, a page of two buffers twice. Policies look at each page.
+  static constexpr uint64_t kMaxMappedBytes = uint64_t{64} << 30;
 
   explicit DmaTraceBuilder(std::string name) { trace_.name = std::move(name); }
 
@@ -75,7 +77,7 @@ class DmaTraceBuilder {
   // beyond kMaxMemoryBytes and not of add_apart().
   Result<uint32_t> add_buffer(std::span<const IovaRange> ranges, dma::Direction direction);
   // kInvalid: the buffer is (is not) mapped already, no such page, longer than kMaxDurationNs;
-  // kLimit: more than kMaxEvents. Time that runs backwards stands still.
+  // kLimit: more than kMaxEvents or kMaxMappedBytes. Time that runs backwards stands still.
   Result<void> map(uint64_t time_ns, uint32_t buffer);
   Result<void> unmap(uint64_t time_ns, uint32_t buffer);
   Result<void> access(uint64_t time_ns, uint32_t buffer, uint64_t first, uint64_t count);
@@ -105,6 +107,7 @@ class DmaTraceBuilder {
   DmaTrace trace_;
   std::vector<IovaRange> memory_;
   std::vector<bool> mapped_;  // by buffer
+  uint64_t mapped_pages_ = 0;
   uint64_t end_ = 0;
   uint64_t apart_bytes_ = 0;  // from kMaxMemoryBytes on
 };

@@ -163,7 +163,7 @@ std::string CompareTable(const DmaTrace& trace, const std::vector<Compared>& row
                         trace.skipped);
   }
   for (const auto& [name, count] : trace.skipped_by_name) {
-    text += fmt::format("    {:<28}{}\n", name, count);
+    text += fmt::format("  {:>10} {}\n", count, name);
   }
   if (trace.repeated != 0) {
     text += fmt::format("  {} records say again what others said, and are taken once\n",

@@ -377,7 +377,7 @@ TEST(ReplayCompareTest, SaysWhatItLeftOutAndHowToRecord) {
   const Ran text = RunReplay({"compare", path, "--policy=mvgpu"});
   EXPECT_EQ(text.exit_code, 0) << text.err;
   EXPECT_THAT(text.out, HasSubstr("\n  4 records of the trace name no memory that could be played\n"
-                                  "    iommu:add_device_to_group   1\n"));
+                                  "           1 iommu:add_device_to_group\n"));
   EXPECT_THAT(text.out,
               HasSubstr("\n  2 records say again what others said, and are taken once\n"));
   EXPECT_THAT(RunReplay({"compare", "--help"}).out,

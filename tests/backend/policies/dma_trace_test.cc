@@ -142,6 +142,21 @@ TEST(DmaTraceBuilderTest, MemoryApartIsAboveAllOtherAndBounded) {
   EXPECT_THAT(trace->memory, ElementsAre(MakeRange(0, 0x10000), MakeRange(kStart, 0x3000)));
 }
 
+TEST(DmaTraceBuilderTest, NoMoreIsMappedAtATimeThanCanBePlayed) {
+  constexpr uint64_t kMost = DmaTraceBuilder::kMaxMappedBytes;
+  DmaTraceBuilder builder("t");
+  const uint32_t most = Add(builder, 0, kMost);
+  const uint32_t one = Add(builder, kMost, 0x1000);
+  EXPECT_THAT(builder.map(0, most), IsOk());
+  const auto refused = builder.map(0, one);
+  ASSERT_THAT(refused, FailsWith(ErrorCode::kLimit));
+  EXPECT_THAT(refused.error().message(), HasSubstr("65536 MiB are mapped"));
+  EXPECT_FALSE(builder.is_mapped(one));
+  EXPECT_THAT(builder.unmap(0, most), IsOk());
+  EXPECT_THAT(builder.map(0, one), IsOk());
+  EXPECT_THAT(builder.map(0, most), FailsWith(ErrorCode::kLimit));
+}
+
 TEST(PcMemoryTest, HasAHoleBelow4GiB) {
   EXPECT_THAT(PcMemory(kGiB), ElementsAre(MakeRange(0, kGiB)));
   EXPECT_THAT(PcMemory(3 * kGiB), ElementsAre(MakeRange(0, 3 * kGiB)));
