@@ -298,6 +298,7 @@ Result<void> DmaCache::AskMapperLocked(Request* request, std::span<const domain:
 }
 
 void DmaCache::EnterAnswersLocked(uint64_t pinned) {
+  for (const MappedRun& run : scratch_.mapped) reverse_.prefetch(run.address.page());
   size_t answer = 0;
   for (const Request& request : scratch_.requests) {
     for (; answer < request.answer_end; ++answer) {

@@ -31,6 +31,7 @@ void DmaCache::LetGoLocked(const DmaUser* by, std::vector<PageRun>* pages, bool 
     pages->swap(scratch_.rest);
   }
   scratch_.released.clear();
+  for (const PageRun& run : *pages) table_.prefetch(run.first);
   for (const PageRun& run : *pages) AppendExtents(run, &scratch_.released);
   scratch_.unused.clear();
   scratch_.idle.clear();
@@ -109,6 +110,7 @@ void DmaCache::DropLocked(std::span<const PageRun> pages) {
 
 void DmaCache::DropExtentsLocked(std::span<const Extent> extents) {
   if (extents.empty()) return;
+  for (const Extent& extent : extents) reverse_.prefetch(extent.target);
   for (const Extent& extent : extents) {
     mapper_->unmap(DmaAddr(BytesIn(extent.target)), BytesIn(extent.pages.count));
     reverse_.remove(extent.pages, extent.target);

@@ -22,6 +22,8 @@ class ReverseMap {
   void add(PageRun iova, uint64_t device);
   // REQUIRES: added before, as a whole or in any cut.
   void remove(PageRun iova, uint64_t device);
+  // See PageMap::prefetch().
+  [[gnu::always_inline]] void prefetch(uint64_t device) const { first_.prefetch(device); }
   // Calls visit(IOVA page) for those behind a device page.
   template <typename Visit>
   void for_each(uint64_t device, Visit visit) const;
