@@ -45,18 +45,20 @@ class Importer {
   }
 
  private:
+  static uint64_t RoundUp(uint64_t value, uint64_t to) { return (value + to - 1) / to * to; }
   // RAM whose last byte is in the GiB of `end`.
-  static uint64_t SizeFor(uint64_t end) {
-    const uint64_t rounded = std::max(kGiB, (end + kGiB - 1) / kGiB * kGiB);
-    return rounded > 4 * kGiB ? rounded - kGiB : std::min(rounded, 3 * kGiB);
+  static uint64_t SizeFor(uint64_t end, uint64_t low_end) {
+    const uint64_t rounded = RoundUp(std::max<uint64_t>(end, 1), kGiB);
+    return rounded > kPcHighStart ? rounded - kPcHighStart + low_end : std::min(rounded, low_end);
   }
   void AddMemory() {
     const uint64_t end = builder_.end_of_buffers();
     // A trace of page requests alone says nothing of what else the guest has.
     if (options_.memory == 0 && end == 0 && builder_.has_apart()) return;
-    for (const IovaRange& range : PcMemory(options_.memory != 0 ? options_.memory : SizeFor(end))) {
-      builder_.add_memory(range);
-    }
+    // Not every PC's hole for devices begins at 3 GiB.
+    const uint64_t low_end = std::max(kPcLowEnd, RoundUp(builder_.end_of_low_buffers(), kGiB / 4));
+    const uint64_t size = options_.memory != 0 ? options_.memory : SizeFor(end, low_end);
+    for (const IovaRange& range : PcMemory(size, low_end)) builder_.add_memory(range);
   }
 
   Result<void> TakeLine(std::string_view text) {

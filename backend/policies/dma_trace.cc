@@ -10,10 +10,6 @@ namespace mvgpu::backend {
 
 namespace {
 
-constexpr uint64_t kGiB = uint64_t{1} << 30;
-constexpr uint64_t kLowEnd = 3 * kGiB;  // of RAM below the hole for devices
-constexpr uint64_t kHighStart = 4 * kGiB;
-
 // In order, without overlaps; what touches becomes one.
 std::vector<IovaRange> Union(std::vector<IovaRange> ranges) {
   std::sort(ranges.begin(), ranges.end(),
@@ -96,7 +92,12 @@ Result<uint32_t> DmaTraceBuilder::add_buffer(std::span<const IovaRange> ranges,
                               range.start().value(), range.last().value(), kMaxMemoryBytes));
     }
     buffer.parts.push_back(PagesOf(range));
-    if (!IsApart(range)) end_ = std::max(end_, range.page_expanded().last().value() + 1);
+    if (IsApart(range)) continue;
+    const uint64_t end = range.page_expanded().last().value() + 1;
+    end_ = std::max(end_, end);
+    if (range.start().value() < kPcHighStart) {
+      low_end_ = std::max(low_end_, std::min(end, kPcHighStart));
+    }
   }
   trace_.buffers.push_back(std::move(buffer));
   mapped_.push_back(false);
@@ -190,11 +191,11 @@ Result<DmaTrace> DmaTraceBuilder::build() && {
   return std::move(trace_);
 }
 
-std::vector<IovaRange> PcMemory(uint64_t size) {
+std::vector<IovaRange> PcMemory(uint64_t size, uint64_t low_end) {
   std::vector<IovaRange> memory;
-  const uint64_t low = std::min(size, kLowEnd);
+  const uint64_t low = std::min(size, low_end);
   if (const auto range = IovaRange::FromStartAndSize(Iova(0), low)) memory.push_back(*range);
-  if (const auto range = IovaRange::FromStartAndSize(Iova(kHighStart), size - low)) {
+  if (const auto range = IovaRange::FromStartAndSize(Iova(kPcHighStart), size - low)) {
     memory.push_back(*range);
   }
   return memory;

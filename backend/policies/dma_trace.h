@@ -93,6 +93,8 @@ class DmaTraceBuilder {
   void add_memory(IovaRange range) { memory_.push_back(range.page_expanded()); }
   // The end of the last page that a buffer has below kMaxMemoryBytes, 0 without one.
   uint64_t end_of_buffers() const { return end_; }
+  // The same below 4 GiB, where a PC's RAM ends somewhere.
+  uint64_t end_of_low_buffers() const { return low_end_; }
   bool is_mapped(uint32_t buffer) const { return mapped_[buffer]; }
   uint64_t pages_of(uint32_t buffer) const { return trace_.buffers[buffer].pages(); }
 
@@ -109,10 +111,13 @@ class DmaTraceBuilder {
   std::vector<bool> mapped_;  // by buffer
   uint64_t mapped_pages_ = 0;
   uint64_t end_ = 0;
+  uint64_t low_end_ = 0;
   uint64_t apart_bytes_ = 0;  // from kMaxMemoryBytes on
 };
 
-// RAM of `size` bytes as a PC has it: from 0 up to 3 GiB, the rest from 4 GiB on.
-std::vector<IovaRange> PcMemory(uint64_t size);
+// RAM of `size` bytes as a PC has it: from 0 up to `low_end`, the rest from 4 GiB on.
+inline constexpr uint64_t kPcLowEnd = uint64_t{3} << 30;
+inline constexpr uint64_t kPcHighStart = uint64_t{4} << 30;
+std::vector<IovaRange> PcMemory(uint64_t size, uint64_t low_end = kPcLowEnd);
 
 }  // namespace mvgpu::backend

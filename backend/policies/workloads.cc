@@ -24,7 +24,6 @@ constexpr uint64_t kDiskRequest = 512 << 10;
 constexpr uint64_t kSocketStart = 256 * kMiB;
 constexpr uint64_t kRingStart = 512 * kMiB;
 constexpr uint64_t kDiskStart = kGiB;
-constexpr uint64_t kLowEnd = 3 * kGiB;  // of memory, see PcMemory()
 
 constexpr uint64_t kOutPeriod = 1'000 * kMillisecond / 307;
 constexpr uint64_t kInPeriod = 10 * kMillisecond;
@@ -99,10 +98,10 @@ class Published {
     return builder_.map(now, next);
   }
   Result<void> ReadDisk(uint64_t now) {
-    const uint64_t high = 4 * kGiB;
-    if (disk_at_ + kDiskRequest > std::min(workload_.memory, kLowEnd) && disk_at_ < high) {
-      disk_at_ = workload_.memory > kLowEnd ? high : kDiskStart;
-    } else if (disk_at_ + kDiskRequest > workload_.memory + (high - kLowEnd)) {
+    const uint64_t high = kPcHighStart;
+    if (disk_at_ + kDiskRequest > std::min(workload_.memory, kPcLowEnd) && disk_at_ < high) {
+      disk_at_ = workload_.memory > kPcLowEnd ? high : kDiskStart;
+    } else if (disk_at_ + kDiskRequest > workload_.memory + (high - kPcLowEnd)) {
       disk_at_ = kDiskStart;
     }
     const auto range = IovaRange::FromStartAndSize(Iova(disk_at_), kDiskRequest);

@@ -150,6 +150,25 @@ TEST(DmaTextImportTest, MemoryIsWhatTheHighestBufferNeedsOrWhatIsSaid) {
   EXPECT_THAT(Import(Line(high), 4 * kGiB), FailsWith(ErrorCode::kInvalid));
 }
 
+// As QEMU's i440fx has it with more than 3.5 GiB.
+TEST(DmaTextImportTest, ALowBufferAbove3GiBMakesTheHoleSmaller) {
+  const std::string low =
+      "dma_map_phys: 0000:00:02.0 dir=TO_DEVICE dma_addr=0 size=1 phys_addr=d8000000 attrs=";
+  const std::string high =
+      "dma_map_phys: 0000:00:02.0 dir=TO_DEVICE dma_addr=1 size=1 phys_addr=140000000 attrs=";
+  constexpr uint64_t kLowEnd = 3 * kGiB + kGiB / 2;
+  const auto trace = Import(Line(low));
+  ASSERT_THAT(trace, IsOk());
+  EXPECT_THAT(trace->memory, ElementsAre(MakeRange(0, kLowEnd)));
+  const auto both = Import(Line(low) + Line(high));
+  ASSERT_THAT(both, IsOk());
+  EXPECT_THAT(both->memory, ElementsAre(MakeRange(0, kLowEnd), MakeRange(4 * kGiB, 2 * kGiB)));
+  const auto more = Import(Line(low), 8 * kGiB);
+  ASSERT_THAT(more, IsOk());
+  EXPECT_EQ(more->memory_pages(), PagesIn(8 * kGiB));
+  EXPECT_THAT(Import(Line(low), kGiB), FailsWith(ErrorCode::kInvalid));
+}
+
 TEST(KernelTextTest, AFieldIsAllOfItsName) {
   EXPECT_EQ(FieldOf("dma_addr=1 addr=2 x=3", "addr"), "2");
   EXPECT_EQ(FieldOf("addr=1 addr=2", "addr"), "1");
