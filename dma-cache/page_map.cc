@@ -56,28 +56,19 @@ typename PageMap<Leaves>::Found PageMap<Leaves>::FindFar(uint64_t page) const {
 }
 
 template <typename Leaves>
-void PageMap<Leaves>::map(PageRun run, uint64_t target, uint64_t flags) {
-  if (run.count == 1 && try_map(run.first, target, flags)) return;
+void PageMap<Leaves>::MapRun(PageRun run, uint64_t target, uint64_t flags) {
   Update(run, /*create=*/true, Mapping{run.first, target - run.first, flags});
 }
 
 template <typename Leaves>
-void PageMap<Leaves>::unmap(PageRun run) {
-  if (run.count != 1 || !TryUnmapPage(run.first)) Update(run, /*create=*/false, Unmapping{});
-  leaves_.pass(run.count);
+void PageMap<Leaves>::UnmapRun(PageRun run) {
+  Update(run, /*create=*/false, Unmapping{});
 }
 
 template <typename Leaves>
 void PageMap<Leaves>::change_flags(PageRun run, uint64_t set, uint64_t clear) {
   Update(run, /*create=*/false,
          [=](uint64_t word, uint64_t) { return word == 0 ? 0 : (word & ~clear) | set; });
-}
-
-template <typename Leaves>
-void PageMap<Leaves>::start_at(uint64_t page) {
-  const Found found = find(page);
-  if (found.word == 0 || (found.word & kStart) != 0) return;
-  change_flags({page, 1}, kStart, 0);
 }
 
 template <typename Leaves>

@@ -67,7 +67,11 @@ class PageMap : public PageMapFlags {
   }
   // Calls visit(Extent) for what is there, in order.
   template <typename Visit>
-  void for_each(PageRun run, Visit visit) const;
+  void for_each(PageRun run, Visit visit) const {
+    if (run.count != 1) return ForEachOfRun(run, visit);
+    const Found found = find(run.first);
+    if (found.word != 0) visit(Extent{run, found.target(), found.flags()});
+  }
 
   // For who is about to map or unmap many pages one by one: each waits for its granule's word and
   // for its entry otherwise (tests/bench, "miss, page by page"). Inline: the compiler sees no
@@ -79,15 +83,23 @@ class PageMap : public PageMapFlags {
     leaves_.prefetch(page);
   }
   // REQUIRES: nothing is there.
-  void map(PageRun run, uint64_t target, uint64_t flags);
+  void map(PageRun run, uint64_t target, uint64_t flags) {
+    if (run.count != 1 || !try_map(run.first, target, flags)) MapRun(run, target, flags);
+  }
   // map() of a page that is new to a granule with a leaf or nothing in it, as nearly all misses
   // page by page are. False, and nothing is changed: something is there, or it is for map().
   bool try_map(uint64_t page, uint64_t target, uint64_t flags);
-  void unmap(PageRun run);
+  void unmap(PageRun run) {
+    if (run.count != 1 || !TryUnmapPage(run.first)) UnmapRun(run);
+    leaves_.pass(run.count);
+  }
   // Of the pages that are there.
   void change_flags(PageRun run, uint64_t set, uint64_t clear);
   // A piece begins at this page, if it is there.
-  void start_at(uint64_t page);
+  void start_at(uint64_t page) {
+    const Found found = find(page);
+    if (found.word != 0 && (found.word & kStart) == 0) change_flags({page, 1}, kStart, 0);
+  }
 
   // See FlatLeaves::groups().
   uint64_t leaf_groups() const { return leaves_.groups(); }
@@ -167,6 +179,10 @@ class PageMap : public PageMapFlags {
   static bool UpdateLeaf(Entries* leaf, PageRun* run, const Mapping& mapping, uint64_t* used);
   template <typename Entries>
   static bool UpdateLeaf(Entries* leaf, PageRun* run, const Unmapping& unmapping, uint64_t* used);
+  template <typename Visit>
+  void ForEachOfRun(PageRun run, Visit& visit) const;
+  void MapRun(PageRun run, uint64_t target, uint64_t flags);
+  void UnmapRun(PageRun run);
   // As try_map(). The chunk's node stays when nothing is left in it: single pages come and go.
   bool TryUnmapPage(uint64_t page);
   // The node of a near chunk; null where there is none.
@@ -207,12 +223,7 @@ void PageMap<Leaves>::ForEachChunk(PageRun run, Visit visit) const {
 
 template <typename Leaves>
 template <typename Visit>
-void PageMap<Leaves>::for_each(PageRun run, Visit visit) const {
-  if (run.count == 1) {
-    const Found found = find(run.first);
-    if (found.word != 0) visit(Extent{run, found.target(), found.flags()});
-    return;
-  }
+void PageMap<Leaves>::ForEachOfRun(PageRun run, Visit& visit) const {
   Extent extent{{}, 0, 0};
   ForEachChunk(run, [&](PageRun part, const std::atomic<uint64_t>& slot) {
     const uint64_t word = slot.load(std::memory_order_relaxed);
