@@ -170,7 +170,8 @@ class DmaCache final : public domain::PinOwner {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void AppendExtents(PageRun pages, std::vector<Extent>* extents) const
       ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  // Whether it may stay without users; it has the pin that idle pages have then.
+  // Whether it may stay without users; it has the pin that idle pages have then. REQUIRES: pages
+  // may be idle here.
   bool KeepIdleLocked(const Extent& extent) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void UnpinLocked(std::span<const Extent> extents, bool for_write)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

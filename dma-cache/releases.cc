@@ -38,7 +38,7 @@ void DmaCache::LetGoLocked(const DmaUser* by, std::vector<PageRun>* pages, bool 
   for (const Extent& extent : scratch_.released) {
     if ((extent.flags & PinnedFlag(!for_write)) != 0) {
       DropPinLocked(extent.pages, for_write);  // others hold it for the other kind
-    } else if (!KeepIdleLocked(extent)) {
+    } else if (options_.idle_limit_pages == 0 || !KeepIdleLocked(extent)) {
       scratch_.unused.push_back(extent);
     } else if (auto& idle = scratch_.idle;
                !idle.empty() && idle.back().end() == extent.pages.first) {
@@ -56,7 +56,7 @@ void DmaCache::LetGoLocked(const DmaUser* by, std::vector<PageRun>* pages, bool 
 
 // Idle pages are pinned for reading: who may have written to them has let go.
 bool DmaCache::KeepIdleLocked(const Extent& extent) {
-  if (options_.idle_limit_pages == 0 || (extent.flags & Table::kGoing) != 0) return false;
+  if ((extent.flags & Table::kGoing) != 0) return false;
   if ((extent.flags & Table::kPinnedRead) != 0) return true;
   auto pin = pins_->pin(RangeOf(extent.pages), domain::Access::kRead);
   if (!pin) return false;  // write-only, or about to be unmapped

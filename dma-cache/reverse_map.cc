@@ -4,8 +4,7 @@
 
 namespace mvgpu::dma {
 
-void ReverseMap::add(PageRun iova, uint64_t device) {
-  if (iova.count == 1 && first_.try_map(device, iova.first, PageMapFlags::kRead)) return;
+void ReverseMap::AddRun(PageRun iova, uint64_t device) {
   uint64_t at = device;
   const uint64_t end = device + iova.count;
   free_.clear();
@@ -20,15 +19,6 @@ void ReverseMap::add(PageRun iova, uint64_t device) {
   for (const PageRun& run : free_) {
     first_.map(run, iova.first + (run.first - device), PageMapFlags::kRead);
   }
-}
-
-void ReverseMap::remove(PageRun iova, uint64_t device) {
-  if (others_.empty()) {
-    first_.unmap({device, iova.count});
-  } else {
-    for (uint64_t i = 0; i < iova.count; ++i) RemoveOne(iova.first + i, device + i);
-  }
-  if (first_.has_retired()) first_.reclaim();  // read by nobody else
 }
 
 void ReverseMap::RemoveOne(uint64_t iova, uint64_t device) {

@@ -19,9 +19,20 @@ namespace mvgpu::dma {
 class ReverseMap {
  public:
   // Pages are numbers: addresses without their lowest 12 bits.
-  void add(PageRun iova, uint64_t device);
+  void add(PageRun iova, uint64_t device) {
+    if (iova.count != 1 || !first_.try_map(device, iova.first, PageMapFlags::kRead)) {
+      AddRun(iova, device);
+    }
+  }
   // REQUIRES: added before, as a whole or in any cut.
-  void remove(PageRun iova, uint64_t device);
+  void remove(PageRun iova, uint64_t device) {
+    if (others_.empty()) {
+      first_.unmap({device, iova.count});
+    } else {
+      for (uint64_t i = 0; i < iova.count; ++i) RemoveOne(iova.first + i, device + i);
+    }
+    if (first_.has_retired()) first_.reclaim();  // read by nobody else
+  }
   // See PageMap::prefetch().
   [[gnu::always_inline]] void prefetch(uint64_t device) const { first_.prefetch(device); }
   // Calls visit(IOVA page) for those behind a device page.
@@ -29,6 +40,7 @@ class ReverseMap {
   void for_each(uint64_t device, Visit visit) const;
 
  private:
+  void AddRun(PageRun iova, uint64_t device);
   void RemoveOne(uint64_t iova, uint64_t device);
 
   PageMap<HeapLeaves<PackedPages>> first_;
