@@ -8,6 +8,7 @@
 
 #include "apionly-domain/base/bits.h"
 #include "apionly-domain/base/check.h"
+#include "apionly-domain/base/page_runs.h"
 #include "dma-cache/dma_cache.h"
 #include "dma-cache/near_targets.h"
 
@@ -29,14 +30,6 @@ bool TryRemove(domain::PinCounts* counts, PageRun pages) {
   return (form == domain::PinCounts::Form::kDense && domain::PageCounters::Near::has(pages) &&
           domain::PageCounters::Near(counts->dense()).try_remove(pages)) ||
          counts->try_remove(pages, form);
-}
-
-void AppendPage(uint64_t page, std::vector<PageRun>* runs) {
-  if (!runs->empty() && runs->back().end() == page) {
-    ++runs->back().count;
-  } else {
-    runs->push_back({page, 1});
-  }
 }
 
 }  // namespace
@@ -285,7 +278,7 @@ bool DmaUser::RemoveHolds(std::span<const PageRun> pages, bool for_write, uint64
     const auto form = domain::PinCounts::FormFor(run.count);
     if (all_real && run.count == 1) {
       if (!counts.has_runs() && counts.dense().try_remove_last(run.first)) {
-        AppendPage(run.first, freed);
+        AppendRun(run, freed);
         continue;
       }
       if (!counts.dense().holds(run.first)) return false;

@@ -20,7 +20,7 @@ void FlatLeaves::OpenChunk(uint64_t chunk) {
 void FlatLeaves::Touch(uint64_t granule, Group* group) {
   groups_ += group->touched == 0 ? 1 : 0;
   group->touched |= static_cast<uint16_t>(1u << granule % kGroupLeaves);
-  if (Window& window = WindowOf(granule); ++window.touched == kDense) MakeHuge(&window);
+  if (Window& window = WindowOf(granule); ++window.touched >= kDense) MakeHuge(&window);
 }
 
 void FlatLeaves::MakeHuge(Window* window) {

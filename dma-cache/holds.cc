@@ -7,6 +7,7 @@
 
 #include "apionly-domain/base/bits.h"
 #include "apionly-domain/base/check.h"
+#include "apionly-domain/base/page_runs.h"
 #include "dma-cache/dma_cache.h"
 
 namespace mvgpu::dma {
@@ -168,11 +169,7 @@ void DmaCache::PlanRunLocked(PageRun pages, uint64_t wanted, uint64_t pinned, bo
     if (extent.pages.first > next) plan->gaps.push_back({next, extent.pages.first - next});
     next = extent.pages.end();
     if ((extent.flags & pinned) != 0) return;
-    if (!plan->upgrades.empty() && plan->upgrades.back().end() == extent.pages.first) {
-      plan->upgrades.back().count += extent.pages.count;
-    } else {
-      plan->upgrades.push_back(extent.pages);
-    }
+    AppendRun(extent.pages, &plan->upgrades);
   });
   if (next < pages.end()) plan_.gaps.push_back({next, pages.end() - next});
 }

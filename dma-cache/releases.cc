@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "apionly-domain/base/check.h"
+#include "apionly-domain/base/page_runs.h"
 #include "dma-cache/dma_cache.h"
 
 namespace mvgpu::dma {
@@ -40,11 +41,8 @@ void DmaCache::LetGoLocked(const DmaUser* by, std::vector<PageRun>* pages, bool 
       DropPinLocked(extent.pages, for_write);  // others hold it for the other kind
     } else if (options_.idle_limit_pages == 0 || !KeepIdleLocked(extent)) {
       scratch_.unused.push_back(extent);
-    } else if (auto& idle = scratch_.idle;
-               !idle.empty() && idle.back().end() == extent.pages.first) {
-      idle.back().count += extent.pages.count;
     } else {
-      idle.push_back(extent.pages);
+      AppendRun(extent.pages, &scratch_.idle);
     }
   }
   DropExtentsLocked(scratch_.unused);
@@ -85,11 +83,7 @@ void DmaCache::UnpinLocked(std::span<const Extent> extents, bool for_write) {
     for (const Extent& extent : extents) {
       if ((extent.flags & PinnedFlag(for_write)) == 0) continue;
       if ((extent.flags & AsRunsFlag(for_write)) != as_runs) continue;
-      if (!runs.empty() && runs.back().end() == extent.pages.first) {
-        runs.back().count += extent.pages.count;
-      } else {
-        runs.push_back(extent.pages);
-      }
+      AppendRun(extent.pages, &runs);
     }
     pins_->release_last(runs, access, form);
   }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "apionly-domain/base/page_runs.h"
 #include "dma-cache/dma_cache.h"
 
 namespace mvgpu::dma {
@@ -77,11 +78,7 @@ void DmaCache::AppendMovedPagesLocked(const domain::PinnedRun& run, DmaAddr addr
   if (mapper_->is_current(run, address)) return;
   const PageRun pages = run.iova_pages();
   if (pages.count == 1) {
-    if (!moved->empty() && moved->back().end() == pages.first) {
-      ++moved->back().count;
-    } else {
-      moved->push_back(pages);
-    }
+    AppendRun(pages, moved);
     return;
   }
   const uint64_t half = pages.count / 2;

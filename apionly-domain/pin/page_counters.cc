@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "apionly-domain/base/check.h"
+#include "apionly-domain/base/page_runs.h"
 
 namespace mvgpu::domain {
 
@@ -17,15 +18,6 @@ void* MapArray(size_t size) {
                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   MVGPU_CHECK(array != MAP_FAILED);  // out of address space
   return array;
-}
-
-// As a run of its own, or as a part of the last one that goes on there.
-void Append(PageRun pages, std::vector<PageRun>* runs) {
-  if (!runs->empty() && runs->back().end() == pages.first) {
-    runs->back().count += pages.count;
-  } else {
-    runs->push_back(pages);
-  }
 }
 
 }  // namespace
@@ -150,7 +142,7 @@ void PageCounters::AddToMany(Chunk* chunk, uint64_t page) {
 
 void PageCounters::remove(PageRun run, std::vector<PageRun>* freed) {
   if (run.count == 1 && holds(run.first)) {
-    if (RemoveOne(FindChunk(run.first >> kChunkShift), run.first)) Append(run, freed);
+    if (RemoveOne(FindChunk(run.first >> kChunkShift), run.first)) AppendRun(run, freed);
     return;
   }
   for (uint64_t page = run.first; page < run.end();) {
@@ -172,11 +164,11 @@ void PageCounters::RemoveInChunk(Chunk* chunk, PageRun run, std::vector<PageRun>
       word &= ~mask;
       chunk->held -= end - page;
       held_pages_ -= end - page;
-      Append({page, end - page}, freed);
+      AppendRun({page, end - page}, freed);
       page = end;
     }
     for (; page < end; ++page) {
-      if (RemoveOne(chunk, page)) Append({page, 1}, freed);
+      if (RemoveOne(chunk, page)) AppendRun({page, 1}, freed);
     }
   }
 }
