@@ -18,6 +18,13 @@ namespace {
 
 constexpr uint64_t Bit(size_t i) { return uint64_t{1} << i; }
 
+// ForEachBit() of the lowest `count` bits, faster where that is all of them.
+template <typename Visit>
+[[gnu::always_inline]] inline void ForEachOf(uint64_t bits, size_t count, const Visit& visit) {
+  if (bits != LowestBits(count)) return ForEachBit(bits, visit);
+  for (size_t i = 0; i < count; ++i) visit(i);
+}
+
 // The first look of both calls nothing, and is enough for nearly all hits.
 bool TryAdd(domain::PinCounts* counts, PageRun pages) {
   const auto form = domain::PinCounts::FormFor(pages.count);
@@ -137,44 +144,60 @@ Result<bool> DmaUser::MapBatch(const Batch& batch, std::optional<uint64_t>* epoc
   return mapped;
 }
 
-// In two passes, as PinContext::PinHits() and for its reasons: the first asks for the entries and
-// the counters, which lie anywhere in many megabytes; by the time of the second they are there.
-// Neither calls anything. What is not held exactly once is left to AddToMany().
 bool DmaUser::MapHits(const Batch& batch, std::optional<uint64_t>* epoch, uint64_t* misses) {
-  const std::span<const Iova> pages = batch.pages;
-  const std::span<DmaAddr> addresses = batch.addresses;
-  const uint64_t wanted = WantedFlags(AccessFor(batch.direction));
-  std::array<uint64_t, kBatch> found;
-  std::array<uint64_t*, kBatch> words;
   SpinLockHold hold(lock_);
   if (epoch->value_or(epoch_) != epoch_) return false;
   *epoch = epoch_;
+  RecentHolds& recent = RecentLocked(IsForWrite(batch.direction));
+  uint64_t missed = recent.add(batch.pages, batch.addresses);
+  if (const uint64_t others = missed; others != 0) {
+    missed = AddToOthers(batch, others);
+    if (recent.is_open()) EnterLocked(batch, others & ~missed);
+  }
+  figures_.map_calls += missed == 0 ? 1 : 0;
+  figures_.hit_pages += batch.pages.size() - static_cast<size_t>(std::popcount(missed));
+  *misses = missed;
+  return true;
+}
+
+void DmaUser::EnterLocked(const Batch& batch, uint64_t pages) {
+  const bool for_write = IsForWrite(batch.direction);
+  Counters& counters = CountsLocked(for_write).dense();
+  ForEachBit(pages, [&](size_t i) {
+    const uint64_t page = batch.pages[i].page();
+    if (!counters.try_remove_one(page)) return;  // a run holds it
+    if (!RecentLocked(for_write).enter(page, batch.addresses[i])) counters.try_add_one(page);
+  });
+}
+
+// In two passes, as PinContext::PinHits() and for its reasons: the first asks for the entries and
+// the counters, which lie anywhere in many megabytes; by the time of the second they are there.
+// Neither calls anything. What is not held exactly once is left to AddToMany().
+uint64_t DmaUser::AddToOthers(const Batch& batch, uint64_t others) {
+  const std::span<const Iova> pages = batch.pages;
+  const uint64_t wanted = WantedFlags(AccessFor(batch.direction));
+  std::array<uint64_t, kBatch> found;
+  std::array<uint64_t*, kBatch> words;
   const NearTargets table(table_);
   const Counters::Near counters(CountsLocked(IsForWrite(batch.direction)).dense());
-  for (size_t i = 0; i < pages.size(); ++i) {
+  ForEachOf(others, pages.size(), [&](size_t i) {
     found[i] = table.look_up(pages[i].page());
     words[i] = counters.word_of(pages[i].page());
     __builtin_prefetch(words[i], /*rw=*/1);
-  }
+  });
   uint64_t missed = 0;
   uint64_t unusable = 0;
-  for (size_t i = 0; i < pages.size(); ++i) {
+  ForEachOf(others, pages.size(), [&](size_t i) {
     const uint64_t page = pages[i].page();
     const uint64_t word = NearTargets::WordOf(found[i]);
-    addresses[i] = DmaAddr((word & ~kPageMask) | pages[i].offset_in_page());
+    batch.addresses[i] = DmaAddr((word & ~kPageMask) | pages[i].offset_in_page());
     if (!IsUsable(word, wanted)) [[unlikely]] {
       unusable |= Bit(i);
     } else if (!Counters::Near::TryAddOne(words[i], page)) [[unlikely]] {
       missed |= Bit(i);
     }
-  }
-  if ((missed | unusable) != 0) [[unlikely]] {
-    missed = unusable | AddToMany(batch, missed);
-  }
-  figures_.map_calls += missed == 0 ? 1 : 0;
-  figures_.hit_pages += pages.size() - static_cast<size_t>(std::popcount(missed));
-  *misses = missed;
-  return true;
+  });
+  return missed == 0 ? unusable : unusable | AddToMany(batch, missed);
 }
 
 Result<void> DmaUser::unmap_pages(std::span<const Iova> pages, Direction direction,
@@ -199,26 +222,31 @@ Result<void> DmaUser::unmap_pages(std::span<const Iova> pages, Direction directi
   return {};
 }
 
-// In two passes, as MapHits(). Returns the pages that it did not release.
+// Returns the pages that it did not release.
 uint64_t DmaUser::UnmapHits(std::span<const Iova> pages, bool for_write, uint64_t epoch) {
-  std::array<uint64_t*, kBatch> words;
   SpinLockHold hold(lock_);
-  uint64_t missed = LowestBits(pages.size());
-  if (epoch != epoch_ && (epoch > epoch_ || !revoked_.empty())) return missed;
+  if (epoch != epoch_ && (epoch > epoch_ || !revoked_.empty())) return LowestBits(pages.size());
+  const uint64_t missed = RecentLocked(for_write).remove(pages);
+  return missed == 0 ? 0 : RemoveFromOthers(pages, for_write, missed);
+}
+
+uint64_t DmaUser::RemoveFromOthers(std::span<const Iova> pages, bool for_write, uint64_t others) {
+  std::array<uint64_t*, kBatch> words;
   const Counters::Near counters(CountsLocked(for_write).dense());
   uint64_t address_bits = 0;
-  for (size_t i = 0; i < pages.size(); ++i) {
+  ForEachOf(others, pages.size(), [&](size_t i) {
     address_bits |= pages[i].value();
     words[i] = counters.word_of(pages[i].page());
     __builtin_prefetch(words[i], /*rw=*/1);
-  }
+  });
+  uint64_t missed = others;
   if (Iova(address_bits).page() < Counters::kNearPages) [[likely]] {
     missed = 0;
-    for (size_t i = 0; i < pages.size(); ++i) {
+    ForEachOf(others, pages.size(), [&](size_t i) {
       if (!Counters::Near::TryRemoveOne(words[i], pages[i].page())) [[unlikely]] {
         missed |= Bit(i);
       }
-    }
+    });
   }
   return missed == 0 ? 0 : RemoveFromMany(pages, for_write, missed);
 }
@@ -275,6 +303,7 @@ bool DmaUser::RemoveHolds(std::span<const PageRun> pages, bool for_write, uint64
   domain::PinCounts& counts = CountsLocked(for_write);
   const bool all_real = epoch == epoch_ || revoked_.empty();
   for (const PageRun& run : pages) {
+    SettleLocked(run, for_write);
     const auto form = domain::PinCounts::FormFor(run.count);
     if (all_real && run.count == 1) {
       if (!counts.has_runs() && counts.dense().try_remove_last(run.first)) {
@@ -308,8 +337,16 @@ void DmaUser::AppendUnheld(const std::vector<PageRun>& pages, bool for_write,
   for (const PageRun& run : pages) CountsLocked(for_write).append_unheld(run, unheld);
 }
 
-bool DmaUser::HoldsAny(PageRun pages) {
+void DmaUser::SettleLocked(PageRun pages, bool for_write) {
+  domain::PinCounts& counts = CountsLocked(for_write);
+  RecentLocked(for_write).take(pages, [&counts](uint64_t page, uint64_t holds) {
+    for (; holds != 0; --holds) counts.add({page, 1}, Form::kDense);
+  });
+}
+
+bool DmaUser::SettleAll(PageRun pages) {
   SpinLockHold hold(lock_);
+  for (const bool for_write : {false, true}) SettleLocked(pages, for_write);
   return counts_[0].any(pages) || counts_[1].any(pages);
 }
 

@@ -15,6 +15,7 @@
 #include "apionly-domain/pin/pin_counts.h"
 #include "dma-cache/dma_mapping.h"
 #include "dma-cache/page_map.h"
+#include "dma-cache/recent_holds.h"
 #include "dma-cache/revoked_holds.h"
 
 namespace mvgpu::dma {
@@ -106,6 +107,9 @@ class alignas(64) DmaUser {
   domain::PinCounts& CountsLocked(bool for_write) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_) {
     return counts_[for_write ? 1 : 0];
   }
+  RecentHolds& RecentLocked(bool for_write) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_) {
+    return recent_[for_write ? 1 : 0];
+  }
 
   Result<DmaMapping> Map(IovaRange range, Direction direction, bool contiguous);
   // The whole of it if that is a hit; otherwise false, and nothing is held.
@@ -121,8 +125,14 @@ class alignas(64) DmaUser {
   Result<bool> TryMapPages(std::span<const Iova> pages, Direction direction,
                            std::span<DmaAddr> addresses, std::optional<uint64_t>* epoch);
   uint64_t UnmapHits(std::span<const Iova> pages, bool for_write, uint64_t epoch);
-  // Hits on pages of a batch that are held more than once or twice: the pages named by `pages`.
-  // Return those that are none.
+  // Hits on pages of a batch that were not mapped lately, and on those of them for which there is
+  // no room: the pages named by the bits. Return those that are none.
+  uint64_t AddToOthers(const Batch& batch, uint64_t others) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  // These pages of the batch are held in the counters, with the batch's hold: that goes to the
+  // recent ones.
+  void EnterLocked(const Batch& batch, uint64_t pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
+  uint64_t RemoveFromOthers(std::span<const Iova> pages, bool for_write, uint64_t others)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   uint64_t AddToMany(const Batch& batch, uint64_t pages) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   uint64_t RemoveFromMany(std::span<const Iova> batch, bool for_write, uint64_t pages)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
@@ -140,7 +150,9 @@ class alignas(64) DmaUser {
                    std::vector<PageRun>* freed);
   void AppendUnheld(const std::vector<PageRun>& pages, bool for_write,
                     std::vector<PageRun>* unheld);
-  bool HoldsAny(PageRun pages);
+  // From now on each hit of these pages looks into the table. Whether any of them is held.
+  bool SettleAll(PageRun pages);
+  void SettleLocked(PageRun pages, bool for_write) ABSL_EXCLUSIVE_LOCKS_REQUIRED(lock_);
   // All holds of these pages are void. Begins a new epoch if there were any.
   void Forget(std::span<const PageRun> pages);
   bool IsEmpty();
@@ -151,7 +163,8 @@ class alignas(64) DmaUser {
   const domain::ApiOnlyDomain& domain_;  // outlives the cache
   Owner* const owner_;                   // outlives the user: contract of DmaCache::open_user()
   SpinLock lock_;
-  std::array<domain::PinCounts, 2> counts_ ABSL_GUARDED_BY(lock_);  // holds for reading, writing
+  std::array<domain::PinCounts, 2> counts_ ABSL_GUARDED_BY(lock_);  // holds for reading, writing,
+  std::array<RecentHolds, 2> recent_ ABSL_GUARDED_BY(lock_);        // and some more of the same
   uint64_t epoch_ ABSL_GUARDED_BY(lock_) = 0;
   RevokedHolds revoked_ ABSL_GUARDED_BY(lock_);
   std::vector<PageRun> real_ ABSL_GUARDED_BY(lock_);  // kept, so that releases allocate nothing

@@ -25,7 +25,7 @@ void DmaCache::Revoke(IovaRange range) {
     // The users' locks are taken one after the other: a hit that did not see the mark is over then,
     // and is counted.
     for (DmaUser* user : users_) {
-      if (user->HoldsAny(pages)) holders.push_back(user);
+      if (user->SettleAll(pages)) holders.push_back(user);
     }
     counters_.revocations += holders.size();
   }
