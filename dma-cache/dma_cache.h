@@ -214,7 +214,6 @@ class DmaCache final : public domain::PinOwner {
     std::vector<PageRun> rest;
     std::vector<PageRun> idle;
     std::vector<Extent> released;
-    std::vector<Extent> unused;
     std::vector<Extent> dropped;
     std::vector<PageRun> unpinned;
   } scratch_ ABSL_GUARDED_BY(mutex_);

@@ -239,16 +239,19 @@ uint64_t DmaUser::RemoveFromOthers(std::span<const Iova> pages, bool for_write, 
     words[i] = counters.word_of(pages[i].page());
     __builtin_prefetch(words[i], /*rw=*/1);
   });
-  uint64_t missed = others;
-  if (Iova(address_bits).page() < Counters::kNearPages) [[likely]] {
-    missed = 0;
-    ForEachOf(others, pages.size(), [&](size_t i) {
-      if (!Counters::Near::TryRemoveOne(words[i], pages[i].page())) [[unlikely]] {
-        missed |= Bit(i);
-      }
-    });
+  if (Iova(address_bits).page() >= Counters::kNearPages) [[unlikely]] {
+    return RemoveFromMany(pages, for_write, others);
   }
-  return missed == 0 ? 0 : RemoveFromMany(pages, for_write, missed);
+  uint64_t last = 0;  // holds, but for those of a run
+  uint64_t many = 0;
+  ForEachOf(others, pages.size(), [&](size_t i) {
+    const uint64_t page = pages[i].page();
+    if (Counters::Near::TryRemoveOne(words[i], page)) return;
+    uint64_t& kind = Counters::Near::IsHeldOnce(words[i], page) ? last : many;
+    kind |= Bit(i);
+  });
+  if (CountsLocked(for_write).has_runs()) many |= std::exchange(last, 0);
+  return many == 0 ? last : last | RemoveFromMany(pages, for_write, many);
 }
 
 uint64_t DmaUser::AddToMany(const Batch& batch, uint64_t pages) {

@@ -55,7 +55,7 @@ class FlatLeaves {
   // Asks for the entry of a page: for who is about to map many pages one by one.
   [[gnu::always_inline]] void prefetch(uint64_t page) const {
     if (page / kLeafEntries >= kNearGranules) return;
-    __builtin_prefetch(&leaves()[page / kLeafEntries].at(page % kLeafEntries), /*rw=*/1);
+    __builtin_prefetch(leaves()[page / kLeafEntries].at(page % kLeafEntries), /*rw=*/1);
   }
 
   // Groups that have memory.

@@ -35,51 +35,58 @@ inline constexpr size_t kLeafEntries = 512;
 // 40 bits of page (52-bit addresses) and all flags in 6 bytes, ten to a cache line: an entry across
 // two of them would be waited for twice.
 struct alignas(64) PackedTargets {
-  // Three parts of a word without its lowest four bits, which are those of nodes.
-  using Entry = std::array<std::atomic<uint16_t>, 3>;
+  // The first of three parts of a word without its lowest four bits, which are those of nodes.
+  using Entry = std::atomic<uint16_t>;
 
   static constexpr bool Fits(uint64_t word) { return word >> 52 == 0; }
-  // Relaxed, here and below: see PageMap.
-  static uint64_t Load(const Entry& entry) {
+  // Relaxed, both: see PageMap.
+  static uint64_t Load(const Entry* entry) {
     return uint64_t{entry[0].load(std::memory_order_relaxed)} << 4 |
            uint64_t{entry[1].load(std::memory_order_relaxed)} << 20 |
            uint64_t{entry[2].load(std::memory_order_relaxed)} << 36;
   }
-  const Entry& at(size_t i) const { return lines[i / kPerLine].entries[i % kPerLine]; }
-  uint64_t get(size_t i) const { return Load(at(i)); }
-  void set(size_t i, uint64_t word) {
-    Entry& entry = lines[i / kPerLine].entries[i % kPerLine];
+  static void Store(Entry* entry, uint64_t word) {
     entry[0].store(static_cast<uint16_t>(word >> 4), std::memory_order_relaxed);
     entry[1].store(static_cast<uint16_t>(word >> 20), std::memory_order_relaxed);
     entry[2].store(static_cast<uint16_t>(word >> 36), std::memory_order_relaxed);
   }
+  Entry* at(size_t i) { return &parts[PlaceOf(i)]; }
+  const Entry* at(size_t i) const { return &parts[PlaceOf(i)]; }
+  uint64_t get(size_t i) const { return Load(at(i)); }
+  void set(size_t i, uint64_t word) { Store(at(i), word); }
 
-  static constexpr uint32_t kPerLine = 10;
-  struct alignas(64) Line {
-    std::array<Entry, kPerLine> entries;
-  };
-  std::array<Line, (kLeafEntries + kPerLine - 1) / kPerLine> lines;
+  static constexpr size_t kPerLine = 10;
+  static constexpr size_t kPartsPerLine = 64 / sizeof(Entry);
+  // Of the entry's first part. The division as the processor does it best, exact below 2^14.
+  static constexpr size_t PlaceOf(size_t i) {
+    return 3 * i + (kPartsPerLine - 3 * kPerLine) * (i * 6554 >> 16);
+  }
+  std::array<Entry, (kLeafEntries + kPerLine - 1) / kPerLine * kPartsPerLine> parts;
 };
 
 // Pages below 2^32 - 1 with the flag kRead in 4 bytes; where pieces begin is forgotten. Plain
 // numbers, which the compiler fills and clears four at a time: for maps that nobody reads without
 // the writer's lock.
 struct PackedPages {
+  using Entry = uint32_t;
+
   static constexpr bool Fits(uint64_t word) {
     constexpr uint64_t kOthers = PageMapFlags::kAllFlags & ~PageMapFlags::kStart;
     return word >> kPageShift < UINT32_MAX && (word & kOthers) == PageMapFlags::kRead;
   }
-  uint64_t get(size_t i) const {
-    const uint32_t packed = entries[i];
-    return packed == 0 ? 0 : uint64_t{packed - 1} << kPageShift | PageMapFlags::kRead;
+  static uint64_t Load(const Entry* entry) {
+    return *entry == 0 ? 0 : uint64_t{*entry - 1} << kPageShift | PageMapFlags::kRead;
   }
-  void set(size_t i, uint64_t word) {
+  static void Store(Entry* entry, uint64_t word) {
     // 0 for nothing, otherwise one more than the page: what is there has kRead.
     const uint64_t one = (word & PageMapFlags::kRead) / PageMapFlags::kRead;
-    entries[i] = static_cast<uint32_t>((word >> kPageShift) + one);
+    *entry = static_cast<Entry>((word >> kPageShift) + one);
   }
+  Entry* at(size_t i) { return &entries[i]; }
+  uint64_t get(size_t i) const { return Load(&entries[i]); }
+  void set(size_t i, uint64_t word) { Store(&entries[i], word); }
 
-  std::array<uint32_t, kLeafEntries> entries{};
+  std::array<Entry, kLeafEntries> entries{};
 };
 
 // A few nodes that nothing is in, kept for the next: who maps and unmaps single pages would make

@@ -32,14 +32,14 @@ class NearTargets : private PageMapFlags {
   static uint64_t WordOf(uint64_t looked_up) {
     if ((looked_up & kTable) == 0) return looked_up;
     return FlatLeaves::Leaf::Load(
-        *reinterpret_cast<const FlatLeaves::Leaf::Entry*>(looked_up & ~kTable));
+        reinterpret_cast<const FlatLeaves::Leaf::Entry*>(looked_up & ~kTable));
   }
 
  private:
   // Into the second-level cache: the first one can wait for so few lines at a time that a batch
   // would take half as long again (tests/bench, "scattered device addresses").
   uint64_t AskFor(uint64_t page) const {
-    const auto* entry = &leaves_[page / Table::kGranulePages].at(page % Table::kGranulePages);
+    const auto* entry = leaves_[page / Table::kGranulePages].at(page % Table::kGranulePages);
     __builtin_prefetch(entry, /*rw=*/0, /*locality=*/2);
     static_assert(alignof(FlatLeaves::Leaf::Entry) > kTable);
     return reinterpret_cast<uint64_t>(entry) | kTable;

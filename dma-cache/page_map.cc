@@ -86,9 +86,9 @@ bool PageMap<Leaves>::try_map(uint64_t page, uint64_t target, uint64_t flags) {
   } else if ((granule & (kTable | kWide)) != kTable) {
     return false;
   }
-  const size_t i = page & (kGranulePages - 1);
-  if (LeafOf(granule)->get(i) != 0) return false;
-  LeafOf(granule)->set(i, word);
+  auto* entry = LeafOf(granule)->at(page & (kGranulePages - 1));
+  if (Leaf::Load(entry) != 0) return false;
+  Leaf::Store(entry, word);
   slot.store(WithUsed(granule, UsedOf(granule) + 1), std::memory_order_release);
   return true;
 }
@@ -101,9 +101,9 @@ bool PageMap<Leaves>::TryUnmapPage(uint64_t page) {
   const uint64_t granule = slot.load(std::memory_order_relaxed);
   if ((granule & (kTable | kWide)) != kTable) return granule == 0;
   Leaf* leaf = LeafOf(granule);
-  const size_t i = page & (kGranulePages - 1);
-  if (leaf->get(i) == 0) return true;
-  leaf->set(i, 0);
+  auto* entry = leaf->at(page & (kGranulePages - 1));
+  if (Leaf::Load(entry) == 0) return true;
+  Leaf::Store(entry, 0);
   const uint64_t used = UsedOf(granule) - 1;
   slot.store(used == 0 ? 0 : WithUsed(granule, used), std::memory_order_release);
   if (used == 0) {

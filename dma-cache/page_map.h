@@ -77,10 +77,13 @@ class PageMap : public PageMapFlags {
   // for its entry otherwise (tests/bench, "miss, page by page"). Inline: the compiler sees no
   // effect in a call of a function that only prefetches, and leaves it out.
   [[gnu::always_inline]] void prefetch(uint64_t page) const {
+    prefetch_granule(page);
+    leaves_.prefetch(page);
+  }
+  [[gnu::always_inline]] void prefetch_granule(uint64_t page) const {
     if (const Node* node = NearNode(page); node != nullptr) {
       __builtin_prefetch(&node->words[page >> kGranuleShift & (kGranulePages - 1)], /*rw=*/1);
     }
-    leaves_.prefetch(page);
   }
   // REQUIRES: nothing is there.
   void map(PageRun run, uint64_t target, uint64_t flags) {

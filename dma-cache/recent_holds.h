@@ -45,7 +45,9 @@ class RecentHolds {
   bool enter(uint64_t page, DmaAddr address);
   // Takes pages out. Calls visit(page, holds) for those that had holds here.
   template <typename Visit>
-  void take(PageRun run, Visit visit);
+  void take(PageRun run, Visit visit) {
+    if (memory_) Take(run, visit);
+  }
 
  private:
   static constexpr unsigned kIndexBits = 17;
@@ -69,6 +71,8 @@ class RecentHolds {
   template <typename TryChange>
   uint64_t TryEach(std::span<const Iova> pages, TryChange try_change);
   void Pace(size_t hits, size_t pages);
+  template <typename Visit>
+  void Take(PageRun run, Visit& visit);
 
   std::optional<ReservedMemory> memory_;  // none until a page enters
   uint64_t holds_ = 0;                    // of all words
@@ -142,8 +146,7 @@ inline bool RecentHolds::enter(uint64_t page, DmaAddr address) {
 }
 
 template <typename Visit>
-void RecentHolds::take(PageRun run, Visit visit) {
-  if (!memory_) return;
+void RecentHolds::Take(PageRun run, Visit& visit) {
   const auto take = [&](uint64_t* word, uint64_t page) {
     const uint64_t holds = HoldsOf(*word);
     *word = 0;

@@ -34,18 +34,19 @@ void DmaCache::LetGoLocked(const DmaUser* by, std::vector<PageRun>* pages, bool 
   scratch_.released.clear();
   for (const PageRun& run : *pages) table_.prefetch(run.first);
   for (const PageRun& run : *pages) AppendExtents(run, &scratch_.released);
-  scratch_.unused.clear();
   scratch_.idle.clear();
+  auto unused = scratch_.released.begin();
   for (const Extent& extent : scratch_.released) {
     if ((extent.flags & PinnedFlag(!for_write)) != 0) {
       DropPinLocked(extent.pages, for_write);  // others hold it for the other kind
-    } else if (options_.idle_limit_pages == 0 || !KeepIdleLocked(extent)) {
-      scratch_.unused.push_back(extent);
-    } else {
+    } else if (options_.idle_limit_pages != 0 && KeepIdleLocked(extent)) {
       AppendRun(extent.pages, &scratch_.idle);
+    } else {
+      if (&extent != &*unused) *unused = extent;
+      ++unused;
     }
   }
-  DropExtentsLocked(scratch_.unused);
+  DropExtentsLocked({scratch_.released.begin(), unused});
   for (const PageRun& run : scratch_.idle) idle_.add(run);
   if (idle_.pages() > options_.idle_limit_pages) {
     EvictLocked(idle_.pages() - options_.idle_limit_pages);
@@ -105,12 +106,14 @@ void DmaCache::DropLocked(std::span<const PageRun> pages) {
 void DmaCache::DropExtentsLocked(std::span<const Extent> extents) {
   if (extents.empty()) return;
   for (const Extent& extent : extents) reverse_.prefetch(extent.target);
+  uint64_t pages = 0;
   for (const Extent& extent : extents) {
     mapper_->unmap(DmaAddr(BytesIn(extent.target)), BytesIn(extent.pages.count));
     reverse_.remove(extent.pages, extent.target);
-    counters_.unmapped_pages += extent.pages.count;
-    counters_.cached_pages -= extent.pages.count;
+    pages += extent.pages.count;
   }
+  counters_.unmapped_pages += pages;
+  counters_.cached_pages -= pages;
   mapper_->flush();
   for (const Extent& extent : extents) table_.unmap(extent.pages);
   // What is left of a piece is one: it must not look like a part of what is mapped here next.

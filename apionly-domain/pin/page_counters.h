@@ -98,6 +98,9 @@ class PageCounters {
     static bool TryRemoveOne(uint64_t* word, uint64_t page) {
       return TryFlipOne(word, page, kTwos);
     }
+    static bool IsHeldOnce(const uint64_t* word, uint64_t page) {
+      return (*word >> ShiftOf(page) & kMore) == 1;
+    }
 
    private:
     uint64_t* words_;

@@ -314,7 +314,7 @@ TEST(FlatLeavesTest, EveryEntryOfALeafHasAPlaceOfItsOwnWithinOneLine) {
   FlatLeaves::Leaf* leaf = leaves.take(5);
   for (size_t i = 0; i < kLeafEntries; ++i) {
     leaf->set(i, (uint64_t{0xfedcba0000} + i) << kPageShift | Flags::kAllFlags);
-    const auto at = reinterpret_cast<uintptr_t>(&leaf->at(i));
+    const auto at = reinterpret_cast<uintptr_t>(leaf->at(i));
     EXPECT_EQ(at / 64, (at + 5) / 64) << i;
   }
   for (size_t i = 0; i < kLeafEntries; ++i) {
