@@ -87,6 +87,8 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
   AddSize(app, "--pin-limit", pin_limit,
           "Most memory to pin at a time, e.g. 64M (default: no limit)");
   AddDmaOptions(app, vgpu);
+  std::optional<uint64_t> dma_idle;
+  AddIdleOption(app, dma_idle, "0");
   app.add_option("--screenshot", options.session.screenshot_path,
                  "What the guest shows, as PNG, on SIGUSR1 and when the VMM leaves");
   app.add_option("--record", options.session.record_path,
@@ -120,6 +122,7 @@ tl::expected<BackendOptions, ExitCode> ParseCommandLine(int argc, const char* co
                *pin_limit);
     return tl::unexpected(ExitCode::kUsage);
   }
+  vgpu.dma_idle_bytes = dma_idle.value_or(0);
   vgpu.pin_limit_bytes = pin_limit.value_or(UINT64_MAX);
   if (vgpu.vm_uuid.empty()) vgpu.vm_uuid = RandomUuid();
   return options;

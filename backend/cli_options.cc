@@ -50,4 +50,17 @@ void AddDmaOptions(CLI::App& app, VgpuConfig& config) {
   });
 }
 
+void AddIdleOption(CLI::App& app, std::optional<uint64_t>& bytes, std::string_view without) {
+  AddSize(app, "--dma-idle", bytes,
+          fmt::format("Memory that may stay pinned and mapped although nobody uses it, in whole "
+                      "pages, e.g. 16M; it goes first under --pin-limit; 0: none (default: {})",
+                      without))
+      ->check([](const std::string& number) {
+        if (number == "0" || number.size() > 4 || std::stoull(number) >= kPageSize) {
+          return std::string();
+        }
+        return fmt::format("{} bytes are less than a page; give 4K or more, or 0 for none", number);
+      });
+}
+
 }  // namespace mvgpu::backend

@@ -5,8 +5,11 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
+#include <string_view>
 
 #include "backend/vgpu_config.h"
 
@@ -32,9 +35,10 @@ CLI::Option* AddChoice(CLI::App& app, const std::string& option, T& target,
 
 // Adds an option whose value is a number of bytes, with a unit or without (K, M, G, ..., of 1024).
 template <typename T>
-void AddSize(CLI::App& app, const std::string& option, T& target, const std::string& description) {
+CLI::Option* AddSize(CLI::App& app, const std::string& option, T& target,
+                     const std::string& description) {
   // CLI11 reads "-1" as 2^64 - 1. Transforms run in the reverse order of their definition.
-  app.add_option(option, target, description)
+  return app.add_option(option, target, description)
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false).description(""))
       ->transform([](const std::string& text) {
         if (text.find('-') != std::string::npos) {
@@ -48,5 +52,9 @@ void AddSize(CLI::App& app, const std::string& option, T& target, const std::str
 // --dma, --iommu-group, --vfio-device and --vulkan-device; `config` is the default and outlives the
 // parsing.
 void AddDmaOptions(CLI::App& app, VgpuConfig& config);
+
+// --dma-idle; `bytes` stays nullopt without it, which is what `without` is about, and outlives the
+// parsing.
+void AddIdleOption(CLI::App& app, std::optional<uint64_t>& bytes, std::string_view without);
 
 }  // namespace mvgpu::backend

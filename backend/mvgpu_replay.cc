@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include <nlohmann/json.hpp>
@@ -34,7 +35,8 @@ struct RunOptions {
   std::string trace;  // empty: the built-in one
   std::string screenshot;
   std::string pages;
-  VgpuConfig vgpu;  // of it, what a trace does not say
+  VgpuConfig vgpu;                         // of it, what a trace does not say
+  std::optional<uint64_t> dma_idle_bytes;  // nullopt: as the trace says
   bool as_json = false;
 };
 
@@ -89,6 +91,8 @@ json ToJson(const std::string& name, const Player::Outcome& outcome, const Playe
       {"mapper", mapper},
       {"frame_hashes", hashes},
       {"pages_touched", player.pages().rows().size()},
+      {"dma_idle_bytes", player.config().dma_idle_bytes},
+      {"pins_compared", outcome.are_pins_compared},
       {"accounts", ToJson(player.recorded_accounts())},
       {"all_released", outcome.all_released},
   };
@@ -117,12 +121,20 @@ void PrintTable(const std::string& name, const Player::Outcome& outcome, const P
   row("dma cache (hits, misses, unmapped)",
       fmt::format("{}, {}, {}", number("dma_hit_pages"), number("dma_miss_pages"),
                   number("dma_unmapped_pages")));
+  row("dma maps, mapper calls",
+      fmt::format("{}, {}", number("dma_map_calls"), number("dma_mapper_calls")));
+  row("cached at most, idle at most",
+      fmt::format("{} pages ({} bytes), {} ({} bytes)", number("dma_peak_cached_pages"),
+                  number("dma_peak_cached_bytes"), number("dma_peak_idle_pages"),
+                  number("dma_peak_idle_bytes")));
   row("revoked pages (users told), evicted",
       fmt::format("{} ({}), {}", number("dma_revoked_pages"), number("dma_revocations"),
                   number("dma_evicted_pages")));
   row("left behind", outcome.all_released ? "nothing" : "PINS OR MAPPINGS, see --json");
   row("as recorded", outcome.differences == 0
-                         ? "yes: every answer, frame and count"
+                         ? outcome.are_pins_compared
+                               ? "yes: every answer, frame and count"
+                               : "yes: every answer and frame; pins not, as --dma-idle is another"
                          : fmt::format("NO: {} differences", outcome.differences));
   for (const std::string& line : outcome.described) fmt::print("    {}\n", line);
 }
@@ -134,7 +146,8 @@ int Fail(ExitCode code, const std::string& message) {
 
 // A scenario brings its own memory and devices; of the options, only how pages are held is for it.
 int RunScenario(const RunOptions& options) {
-  if (!options.screenshot.empty() || !options.pages.empty() || options.vgpu.dma != DmaMode::kNone) {
+  if (!options.screenshot.empty() || !options.pages.empty() || options.dma_idle_bytes ||
+      options.vgpu.dma != DmaMode::kNone) {
     return Fail(ExitCode::kUsage,
                 fmt::format("{} is a scenario, which takes only --json and --pin", options.trace));
   }
@@ -156,8 +169,9 @@ int Run(const RunOptions& options) {
   auto reader = OpenTrace(options.trace);
   if (!reader) return Fail(ExitCode::kFailure, reader.error().message());
   const VgpuConfig& vgpu = options.vgpu;
-  auto player = Player::Create(
-      reader->get(), {vgpu.pin, vgpu.dma, vgpu.iommu_group, vgpu.vulkan_device, vgpu.vfio_device});
+  auto player =
+      Player::Create(reader->get(), {vgpu.pin, vgpu.dma, vgpu.iommu_group, vgpu.vulkan_device,
+                                     vgpu.vfio_device, options.dma_idle_bytes});
   if (!player) return Fail(ExitCode::kFailure, player.error().message());
   Result<Player::Outcome> outcome = [&] {
     ProgressBar bar(reader->get());
@@ -272,6 +286,7 @@ int Main(int argc, char** argv) {
   AddChoice<PinMode>(*run, "--pin", run_options.vgpu.pin, PinModes(),
                      "How pages are held: mlock, io-uring, none (default: none)");
   AddDmaOptions(*run, run_options.vgpu);
+  AddIdleOption(*run, run_options.dma_idle_bytes, "as the trace says");
 
   std::string info_trace;
   bool info_json = false;

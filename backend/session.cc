@@ -6,6 +6,13 @@
 
 namespace mvgpu::backend {
 
+namespace {
+
+// How long a device may go on with the address of a page that the kernel has moved, at least.
+constexpr std::chrono::seconds kRecheckPeriod(1);
+
+}  // namespace
+
 Result<std::unique_ptr<Session>> Session::Create(Options options, UniqueFd socket,
                                                  backend::Log* log) {
   std::unique_ptr<Session> session(new Session(std::move(options), log));
@@ -22,12 +29,20 @@ Result<void> Session::Start(UniqueFd socket) {
   parts.remote = &dma_requests_;
   MVGPU_ASSIGN_OR_RETURN(vgpu_,
                          Vgpu::Create(options_.vgpu, std::move(parts), recorder_.get(), this));
-  device_thread_ =
-      std::make_unique<DeviceThread>([this](uint16_t queue) { return vgpu_->step(queue); });
+  device_thread_ = MakeDeviceThread();
   MVGPU_ASSIGN_OR_RETURN(server_,
                          glue::vfio_user::Server::Create(std::move(socket), vgpu_.get(), this,
                                                          {.dma_requests = &dma_requests_}));
   return {};
+}
+
+std::unique_ptr<DeviceThread> Session::MakeDeviceThread() {
+  DeviceThread::Chore chore;
+  if (options_.vgpu.pages_may_move()) {
+    chore = {.run = [this] { return vgpu_->recheck(); }, .period = kRecheckPeriod};
+  }
+  return std::make_unique<DeviceThread>([this](uint16_t queue) { return vgpu_->step(queue); },
+                                        std::move(chore));
 }
 
 // Where Create() failed half-way there may be no server yet; everything else stands as finish()
@@ -118,6 +133,13 @@ void Session::on_remote_memory(Iova first) {
       "slow, and nothing there can be pinned; give the vm shared memory (qemu: "
       "memory-backend-memfd,share=on)",
       options_.vgpu.name, first.value()));
+}
+
+void Session::on_moved_pages(uint64_t pages) {
+  log_.warn(fmt::format(
+      "{}: the kernel moved {} pages that mlock held, and the device had their old addresses; they "
+      "are taken away from it; use --pin=io-uring, which keeps pages in place",
+      options_.vgpu.name, pages));
 }
 
 void Session::on_refused(const Error& error) {

@@ -43,6 +43,7 @@ class Session final : private Vgpu::Owner, private glue::vfio_user::Server::Log 
  private:
   Session(Options options, backend::Log* log) : options_(std::move(options)), log_(*log) {}
   Result<void> Start(UniqueFd socket);
+  std::unique_ptr<DeviceThread> MakeDeviceThread();
   void SaveScreenshot();
   bool Report();
 
@@ -52,6 +53,7 @@ class Session final : private Vgpu::Owner, private glue::vfio_user::Server::Log 
   void on_refused(const Error& error) override;
   void on_unsealed_memory(IovaRange range) override;
   void on_remote_memory(Iova first) override;
+  void on_moved_pages(uint64_t pages) override;
   void warn(std::string_view line) override { log_.warn(line); }
 
   const Options options_;

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <utility>
 
 #include <nlohmann/json.hpp>
@@ -137,7 +138,9 @@ Result<void> Vgpu::Assemble() {
                          domain::ApiOnlyDomain::Create(std::move(options), std::move(pin_backend_),
                                                        ledger_.get(), observer_.get()));
   MVGPU_RETURN_IF_ERROR(container_->attach(domain_.get()));
-  cache_ = std::make_unique<dma::DmaCache>(domain_.get(), mapper_.get());
+  cache_ = std::make_unique<dma::DmaCache>(
+      domain_.get(), mapper_.get(),
+      dma::DmaCache::Options{.idle_limit_pages = PagesIn(config_.dma_idle_bytes)});
   if (iommu_options_) {
     iommu_ = std::make_unique<GuestIommu>(*iommu_options_, domain_.get());
     addresses_ = iommu_->addresses();
@@ -199,6 +202,18 @@ void Vgpu::on_driver_reset() {
   if (iommu_ != nullptr) iommu_->space().cancel();
 }
 
+bool Vgpu::recheck() {
+  MutexLock lock(mutex_);
+  if (cache_->counters().cached_pages == 0) return false;
+  const uint64_t moved = cache_->recheck();
+  if (moved == 0) return true;
+  moved_pages_ += moved;
+  ShowCache();
+  TellAccounts();
+  owner_->on_moved_pages(moved);
+  return true;
+}
+
 void Vgpu::use_iommu(const std::function<void(GuestIommu&)>& access) {
   MutexLock lock(mutex_);
   MVGPU_CHECK(iommu_ != nullptr);
@@ -224,7 +239,17 @@ void Vgpu::ShowCache() {
                        .miss_pages = now.miss_pages,
                        .unmapped_pages = now.unmapped_pages,
                        .revoked_pages = now.revoked_pages,
-                       .evicted_pages = now.evicted_pages});
+                       .evicted_pages = now.evicted_pages,
+                       .map_calls = now.map_calls,
+                       .mapper_calls = now.mapper_calls,
+                       .revocations = now.revocations,
+                       .moved_pages = moved_pages_});
+}
+
+void Vgpu::NotePeaks() {
+  const dma::DmaCache::Counters now = cache_->counters();
+  peak_cached_pages_ = std::max(peak_cached_pages_, now.cached_pages);
+  peak_idle_pages_ = std::max(peak_idle_pages_, now.idle_pages);
 }
 
 void Vgpu::TellAccounts() {
@@ -253,6 +278,7 @@ bool Vgpu::Try(Step& step) {
     if (observer_ != nullptr) observer_->drop();
     return false;
   }
+  NotePeaks();
   if (observer_ != nullptr) {
     observer_->pass_on();
     observer_->on_step(step.queue);
@@ -285,7 +311,8 @@ void Vgpu::Take(Step& step) {
 
 Vgpu::Counters Vgpu::counters() const {
   MutexLock lock(mutex_);
-  return {container_->totals(), domain_->counters(), cache_->counters(), device_->gpu().counters()};
+  return {container_->totals(), domain_->counters(), cache_->counters(), device_->gpu().counters(),
+          peak_cached_pages_,   peak_idle_pages_,    moved_pages_};
 }
 
 std::string Vgpu::session_json() const {
@@ -304,6 +331,10 @@ std::string Vgpu::session_json() const {
       {"dma_revocations", now.cache.revocations},
       {"dma_mapper_calls", now.cache.mapper_calls},
       {"dma_evicted_pages", now.cache.evicted_pages},
+      {"dma_peak_cached_pages", now.peak_cached_pages},
+      {"dma_peak_cached_bytes", BytesIn(now.peak_cached_pages)},
+      {"dma_peak_idle_pages", now.peak_idle_pages},
+      {"dma_peak_idle_bytes", BytesIn(now.peak_idle_pages)},
       {"control_commands", now.gpu.control_commands},
       {"cursor_commands", now.gpu.cursor_commands},
       {"failed_commands", now.gpu.failed_commands},
@@ -334,6 +365,8 @@ void Vgpu::region_write(uint32_t region, uint64_t offset, std::span<const std::b
   MutexLock lock(mutex_);
   if (observer_ != nullptr) observer_->on_region_write(region, offset, data);
   device_->vfio_device().region_write(region, offset, data);
+  NotePeaks();  // a driver's reset leaves pages idle
+  ShowCache();
 }
 
 void Vgpu::bind_irqs(uint32_t irq, uint32_t start, std::vector<UniqueFd> eventfds) {
@@ -371,6 +404,7 @@ void Vgpu::reset() {
   MutexLock lock(mutex_);
   if (observer_ != nullptr) observer_->on_reset();
   device_->vfio_device().reset();
+  NotePeaks();
   ShowCache();
   TellAccounts();
 }

@@ -76,6 +76,8 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     virtual void on_unsealed_memory(IovaRange range) = 0;
     // The device works with memory that has no file, which is slow. Once, with the first address.
     virtual void on_remote_memory(Iova first) = 0;
+    // The kernel had moved so many pages in spite of their pins; what uses them was told.
+    virtual void on_moved_pages(uint64_t pages) = 0;
   };
   // What the configuration leaves to the caller to make or to wrap.
   struct Parts {
@@ -99,6 +101,10 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
     domain::ApiOnlyDomain::Counters domain;
     dma::DmaCache::Counters cache;
     gpu::GpuDevice::Counters gpu;
+    // Of the cache, after any request, register access or reset.
+    uint64_t peak_cached_pages = 0;
+    uint64_t peak_idle_pages = 0;
+    uint64_t moved_pages = 0;  // found by recheck()
 
     // Nothing of the guest's is held any more: no mapping, pin, lock, charge, cached page or
     // resource.
@@ -119,6 +125,12 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   // at a time, and by none that Parts::remote waits for. When that says kProtocol, the step ends
   // undone.
   bool step(uint16_t queue);
+
+  // Looks whether cached pages are still where the device was told that they are, and takes away
+  // what moved: requests that need it map it anew. Takes time in proportion to what is cached, with
+  // the lock held. False when nothing is cached, so that there is nothing to look at before the
+  // next step().
+  bool recheck();
 
   // What the guest does to the registers of its IOMMU: called once, with the lock held, at a moment
   // when no request is under way. Must not call back. REQUIRES: Parts::iommu was given.
@@ -167,8 +179,10 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   // Whether the next write may go out. If not, the queue it belongs to is stopped, or it and
   // `queue` wait.
   bool MayWrite(uint16_t queue) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // For the reader of the accounts, after whatever may have changed what is cached.
+  // After whatever may have changed what is cached: for the reader of the accounts.
   void ShowCache() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // After whatever a replay does, too, and may have cached something or left it idle.
+  void NotePeaks() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // For the observer, after whatever may have changed the accounts: tells it when they did.
   void TellAccounts() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The same after a step, which mostly pins nothing.
@@ -219,6 +233,9 @@ class Vgpu final : public glue::VfioDevice, private glue::VirtioPciDevice::Owner
   bool has_used_remote_ ABSL_GUARDED_BY(mutex_) = false;
   AccountFigures told_accounts_ ABSL_GUARDED_BY(mutex_);
   uint64_t told_cache_changes_ ABSL_GUARDED_BY(mutex_) = 0;  // misses and unmapped pages until then
+  uint64_t peak_cached_pages_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t peak_idle_pages_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t moved_pages_ ABSL_GUARDED_BY(mutex_) = 0;
   // In the order of their making: each uses those above it. Set once by Assemble().
   std::unique_ptr<domain::Ledger> ledger_;
   const std::unique_ptr<domain::AssignedSpace> space_;  // may be null

@@ -80,6 +80,7 @@ std::string VgpuConfig::to_json() const {
       {"pin", pin_backend()},
       {"pin_limit_bytes", pin_limit_bytes},
       {"dma", DmaModeName(dma)},
+      {"dma_idle_bytes", dma_idle_bytes},
       {"scanouts", gpu.scanouts},
       {"preferred_width", gpu.preferred_mode.width},
       {"preferred_height", gpu.preferred_mode.height},
@@ -100,6 +101,9 @@ Result<VgpuConfig> VgpuConfig::FromJson(std::string_view text) {
   constexpr uint64_t kAny = UINT64_MAX;
   constexpr uint64_t kWord = UINT32_MAX;
   MVGPU_RETURN_IF_ERROR(ReadNumber(object, "pin_limit_bytes", kAny, config.pin_limit_bytes));
+  if (object.contains("dma_idle_bytes")) {  // older traces have none
+    MVGPU_RETURN_IF_ERROR(ReadNumber(object, "dma_idle_bytes", kAny, config.dma_idle_bytes));
+  }
   MVGPU_RETURN_IF_ERROR(ReadNumber(object, "scanouts", kWord, config.gpu.scanouts));
   MVGPU_RETURN_IF_ERROR(
       ReadNumber(object, "preferred_width", kWord, config.gpu.preferred_mode.width));

@@ -25,6 +25,9 @@ struct VgpuConfig {
   PinMode pin = PinMode::kMlock;
   uint64_t pin_limit_bytes = UINT64_MAX;
   DmaMode dma = DmaMode::kNone;
+  // Of memory that nobody uses and that stays pinned and mapped all the same, in whole pages; 0:
+  // none does. The guest cannot notice it, but the counts of pins in a recording show it.
+  uint64_t dma_idle_bytes = 0;
   // With kIommu, at most one of these; none: an IOMMU in software. Where there is one its mappings
   // hold the pages, and `pin` means nothing.
   std::string iommu_group;    // for VFIO type1
@@ -34,6 +37,8 @@ struct VgpuConfig {
 
   // How pages are held, by the name that the accounts have for it.
   std::string_view pin_backend() const;
+  // Whether the kernel may move pages, pinned as they are, that a device was told the address of.
+  bool pages_may_move() const { return dma == DmaMode::kPhysical && pin == PinMode::kMlock; }
   std::string to_json() const;
   // Errors: kCorrupt, naming the key.
   static Result<VgpuConfig> FromJson(std::string_view json);

@@ -61,6 +61,10 @@ class SharedLedgerRow final : public LedgerRow {
     Set(&ledger_format::RowRecord::cache_unmapped_pages, figures.unmapped_pages);
     Set(&ledger_format::RowRecord::cache_revoked_pages, figures.revoked_pages);
     Set(&ledger_format::RowRecord::cache_evicted_pages, figures.evicted_pages);
+    Set(&ledger_format::RowRecord::cache_map_calls, figures.map_calls);
+    Set(&ledger_format::RowRecord::cache_mapper_calls, figures.mapper_calls);
+    Set(&ledger_format::RowRecord::cache_revocations, figures.revocations);
+    Set(&ledger_format::RowRecord::cache_moved_pages, figures.moved_pages);
   }
 
   void list_mapping(const LedgerMapping& mapping) override { mappings_.add(mapping); }
@@ -74,8 +78,8 @@ class SharedLedgerRow final : public LedgerRow {
   }
 
  private:
-  void Set(uint64_t ledger_format::RowRecord::*figure, uint64_t pages) {
-    if (store_->owns(id_)) ledger_format::StoreWord(store_->row(id_.index).*figure, pages);
+  void Set(uint64_t ledger_format::RowRecord::*figure, uint64_t value) {
+    if (store_->owns(id_)) ledger_format::StoreWord(store_->row(id_.index).*figure, value);
   }
 
   SharedLedger* const ledger_;  // outlives its rows: contract of Ledger::join()

@@ -16,7 +16,7 @@ namespace mvgpu::domain {
 
 enum class DomainKind : uint32_t { kApiOnly = 1, kAssignedDevice = 2, kNested = 3 };
 
-// What a cache of device addresses in front of a domain has, and did since it was made; in pages.
+// What a cache of device addresses in front of a domain has, and did since it was made.
 struct CacheFigures {
   uint64_t cached_pages = 0;
   uint64_t idle_pages = 0;  // of these, used by nobody
@@ -25,6 +25,10 @@ struct CacheFigures {
   uint64_t unmapped_pages = 0;
   uint64_t revoked_pages = 0;  // of these, taken away by the VMM, or moved
   uint64_t evicted_pages = 0;  // and those that went for others
+  uint64_t map_calls = 0;      // ranges and batches that were asked for, and got
+  uint64_t mapper_calls = 0;   // to map
+  uint64_t revocations = 0;    // users told that pages were taken away
+  uint64_t moved_pages = 0;    // of those revoked, because the kernel had moved them
 
   bool operator==(const CacheFigures&) const = default;
 };

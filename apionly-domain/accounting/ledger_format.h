@@ -1,6 +1,6 @@
 #pragma once
 
-// The ledger file: <runtime dir>/<vm uuid>.ledger, version 3.
+// The ledger file: <runtime dir>/<vm uuid>.ledger, version 4.
 //
 // One file per VM, shared memory for every process with a domain of that VM. Little-endian; offsets
 // in bytes from the start of the file; segments aligned to 4096. The file is sparse: space is never
@@ -8,9 +8,9 @@
 //
 //   offset   size         what
 //   0        4096         LedgerHeader: magic, version, geometry, lock, sequence, end of space
-//   4096     64 x 256     RowRecord[64], one per domain: owner, name, figures, changes
-//   20480    256 x 1024   FileRecord[256], one per backing file: identity, offsets of its segments
-//   282624   -            segments, in the order in which they were made
+//   4096     64 x 320     RowRecord[64], one per domain: owner, name, figures, changes
+//   24576    256 x 1024   FileRecord[256], one per backing file: identity, offsets of its segments
+//   286720   -            segments, in the order in which they were made
 //
 //   segment: SegmentHeader (64), directory (1 bit per chunk), padding to 4096, chunks of 4096 bytes
 //     hold   one per (file, row): 1 bit per page that the row holds, 32768 pages per chunk
@@ -75,7 +75,7 @@
 namespace mvgpu::domain::ledger_format {
 
 inline constexpr uint64_t kMagic = 0x52474c555047564d;  // "MVGPULGR" in memory
-inline constexpr uint32_t kVersion = 3;
+inline constexpr uint32_t kVersion = 4;
 inline constexpr uint32_t kPageShift = 12;
 inline constexpr uint64_t kAlignment = 4096;
 inline constexpr uint32_t kMaxRows = 64;
@@ -83,8 +83,8 @@ inline constexpr uint32_t kMaxFiles = 256;
 inline constexpr uint32_t kMaxMappings = 16384;  // listed, of one row
 
 inline constexpr uint64_t kRowTable = 4096;
-inline constexpr uint64_t kFileTable = 20480;
-inline constexpr uint64_t kSegments = 282624;
+inline constexpr uint64_t kFileTable = 24576;
+inline constexpr uint64_t kSegments = 286720;
 // Every process maps this much at once, so that nothing moves when the file grows.
 inline constexpr uint64_t kMaxFileBytes = uint64_t{16} << 30;
 inline constexpr uint64_t kMaxPagesPerFile = uint64_t{1}
@@ -158,6 +158,12 @@ struct RowRecord {
   uint64_t cache_unmapped_pages;  // for whatever reason
   uint64_t cache_revoked_pages;   // of these, because the VMM took them away or they moved
   uint64_t cache_evicted_pages;   // because others needed the room
+
+  alignas(64) uint64_t cache_map_calls;  // ranges and batches asked for, and got
+  uint64_t cache_mapper_calls;           // to map
+  uint64_t cache_revocations;            // users told that pages were taken away
+  uint64_t cache_moved_pages;            // of those revoked, because the kernel had moved them
+  uint64_t reserved[4];
 };
 
 enum FileState : uint32_t { kFileFree = 0, kFileUsed = 1 };
@@ -234,7 +240,7 @@ static_assert(offsetof(LedgerHeader, lock) == 128);
 static_assert(offsetof(LedgerHeader, sequence) == 192);
 static_assert(offsetof(LedgerHeader, end) == 200);
 static_assert(offsetof(LedgerHeader, file_count) == 224);
-static_assert(sizeof(RowRecord) == 256);
+static_assert(sizeof(RowRecord) == 320);
 static_assert(offsetof(LedgerHeader, next_layout) == 248);
 static_assert(offsetof(RowRecord, name) == 32);
 static_assert(offsetof(RowRecord, flags) == 104);
@@ -242,6 +248,7 @@ static_assert(offsetof(RowRecord, mapping_segment) == 112);
 static_assert(offsetof(RowRecord, mapped_pages) == 128);
 static_assert(offsetof(RowRecord, changes) == 192);
 static_assert(offsetof(RowRecord, token) == 216);
+static_assert(offsetof(RowRecord, cache_map_calls) == 256);
 static_assert(kFileTable == kRowTable + kMaxRows * sizeof(RowRecord));
 static_assert(sizeof(FileRecord) == 1024);
 static_assert(offsetof(FileRecord, layout) == 40);

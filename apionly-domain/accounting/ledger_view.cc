@@ -98,9 +98,17 @@ Result<void> Reader::ReadRows() {
     row.locked_pages = record.locked_pages;
     row.locked_areas = record.locked_areas;
     row.area_budget = record.area_budget;
-    row.cache = {record.cached_pages,       record.idle_pages,           record.cache_hit_pages,
-                 record.cache_miss_pages,   record.cache_unmapped_pages, record.cache_revoked_pages,
-                 record.cache_evicted_pages};
+    row.cache = {.cached_pages = record.cached_pages,
+                 .idle_pages = record.idle_pages,
+                 .hit_pages = record.cache_hit_pages,
+                 .miss_pages = record.cache_miss_pages,
+                 .unmapped_pages = record.cache_unmapped_pages,
+                 .revoked_pages = record.cache_revoked_pages,
+                 .evicted_pages = record.cache_evicted_pages,
+                 .map_calls = record.cache_map_calls,
+                 .mapper_calls = record.cache_mapper_calls,
+                 .revocations = record.cache_revocations,
+                 .moved_pages = record.cache_moved_pages};
     row_at_[i] = static_cast<int>(snapshot_.rows.size());
     snapshot_.rows.push_back(std::move(row));
   }

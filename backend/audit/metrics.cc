@@ -117,7 +117,7 @@ void RenderCaches(Exposition& out, const AuditReport& report) {
   struct Figure {
     std::string_view name;
     std::string_view help;
-    uint64_t Cache::*pages;
+    uint64_t Cache::*value;
   };
   static constexpr std::array kNow = {
       Figure{"mvgpu_dma_cache_bytes", "Mapped for the device, in use or idle.",
@@ -127,23 +127,31 @@ void RenderCaches(Exposition& out, const AuditReport& report) {
   for (const Figure& figure : kNow) {
     out.begin({figure.name, "gauge", "bytes", figure.help});
     ForEachRow(report, [&](const auto& vm, const auto& row) {
-      out.sample_pages(LabelsOf(vm, row), row.cache.*figure.pages);
+      out.sample_pages(LabelsOf(vm, row), row.cache.*figure.value);
     });
   }
   static constexpr std::array kEver = {
       Figure{"mvgpu_dma_cache_hit_pages", "Asked for and there.", &Cache::hit_pages},
       Figure{"mvgpu_dma_cache_miss_pages", "Pinned and mapped.", &Cache::miss_pages},
+      Figure{"mvgpu_dma_cache_map_calls", "Ranges and batches asked for, and got.",
+             &Cache::map_calls},
+      Figure{"mvgpu_dma_cache_mapper_calls", "Calls of the mapper to map.", &Cache::mapper_calls},
       Figure{"mvgpu_dma_cache_unmapped_pages", "Unmapped, for whatever reason.",
              &Cache::unmapped_pages},
       Figure{"mvgpu_dma_cache_revoked_pages", "Taken away by the VMM, or moved.",
              &Cache::revoked_pages},
+      Figure{"mvgpu_dma_cache_moved_pages", "Of those revoked, moved by the kernel.",
+             &Cache::moved_pages},
+      Figure{"mvgpu_dma_cache_revocations", "Users told that pages were taken away.",
+             &Cache::revocations},
       Figure{"mvgpu_dma_cache_evicted_pages", "Idle pages that went for others.",
              &Cache::evicted_pages},
   };
   for (const Figure& figure : kEver) {
-    out.begin({figure.name, "counter", "pages", figure.help});
+    const bool is_pages = figure.name.ends_with("_pages");
+    out.begin({figure.name, "counter", is_pages ? "pages" : "", figure.help});
     ForEachRow(report, [&](const auto& vm, const auto& row) {
-      out.sample(LabelsOf(vm, row), row.cache.*figure.pages);
+      out.sample(LabelsOf(vm, row), row.cache.*figure.value);
     });
   }
 }

@@ -122,16 +122,28 @@ void RenderCountedAgain(Out out, const LedgerSnapshot::Row& row) {
                  Shortened(row.name, 15), row.locked_pages - row.unique_pages, row.pin_backend);
 }
 
-// Two lines, so that large counts fit into 100 columns.
+// A ledger may say what it likes.
+uint64_t BytesOf(uint64_t pages) {
+  return pages > PagesIn(UINT64_MAX) ? UINT64_MAX : BytesIn(pages);
+}
+
+// Three lines, so that large counts fit into 100 columns.
 void RenderCache(Out out, const LedgerSnapshot::Row& row) {
   const domain::CacheFigures& cache = row.cache;
   if (cache == domain::CacheFigures{}) return;
   const std::string name = Shortened(row.name, 15);
-  fmt::format_to(out, "  {}: dma cache: {} pages, {} of them idle; {} hits, {} misses\n", name,
-                 cache.cached_pages, cache.idle_pages, cache.hit_pages, cache.miss_pages);
-  if (cache.unmapped_pages == 0) return;
-  fmt::format_to(out, "  {}: dma cache: {} unmapped, {} of them revoked, {} evicted\n", name,
-                 cache.unmapped_pages, cache.revoked_pages, cache.evicted_pages);
+  fmt::format_to(out, "  {}: dma cache: {} pages ({} kB), {} of them idle ({} kB)\n", name,
+                 cache.cached_pages, BytesOf(cache.cached_pages) / 1024, cache.idle_pages,
+                 BytesOf(cache.idle_pages) / 1024);
+  fmt::format_to(out, "  {}: dma cache: {} hits, {} misses; {} maps, {} mapper calls\n", name,
+                 cache.hit_pages, cache.miss_pages, cache.map_calls, cache.mapper_calls);
+  if (cache.unmapped_pages == 0 && cache.revocations == 0) return;
+  fmt::format_to(out, "  {}: dma cache: {} unmapped: {} revoked ({} users told), {} evicted\n",
+                 name, cache.unmapped_pages, cache.revoked_pages, cache.revocations,
+                 cache.evicted_pages);
+  if (cache.moved_pages == 0) return;
+  fmt::format_to(out, "  {}: dma cache: {} of those revoked had been moved by the kernel\n", name,
+                 cache.moved_pages);
 }
 
 // Processes, not rows: the kernel does not know of domains.
@@ -202,9 +214,12 @@ Result<AuditReport::Vm> ReadVm(const domain::RuntimeDir& dir, const std::string&
 }
 
 nlohmann::json CacheJson(const domain::CacheFigures& cache) {
-  return {{"cached_pages", cache.cached_pages},     {"idle_pages", cache.idle_pages},
+  return {{"cached_pages", cache.cached_pages},     {"cached_bytes", BytesOf(cache.cached_pages)},
+          {"idle_pages", cache.idle_pages},         {"idle_bytes", BytesOf(cache.idle_pages)},
           {"hit_pages", cache.hit_pages},           {"miss_pages", cache.miss_pages},
-          {"unmapped_pages", cache.unmapped_pages}, {"revoked_pages", cache.revoked_pages},
+          {"map_calls", cache.map_calls},           {"mapper_calls", cache.mapper_calls},
+          {"unmapped_pages", cache.unmapped_pages}, {"revocations", cache.revocations},
+          {"revoked_pages", cache.revoked_pages},   {"moved_pages", cache.moved_pages},
           {"evicted_pages", cache.evicted_pages}};
 }
 

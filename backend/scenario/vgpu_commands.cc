@@ -110,6 +110,7 @@ class VgpuPart final : public World::Part, private Vgpu::Owner {
   void on_refused(const Error&) override {}
   void on_unsealed_memory(IovaRange) override {}
   void on_remote_memory(Iova) override {}
+  void on_moved_pages(uint64_t) override {}
 
   Guest& guest_;  // outlives this
   bool is_rung_ = false;

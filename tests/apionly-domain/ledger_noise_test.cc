@@ -18,10 +18,10 @@ using ::mvgpu::testing::IsOk;
 
 // Offsets as ledger_format.h documents them, written down again here.
 constexpr size_t kRowTableAt = 4096;
-constexpr size_t kRowBytes = 256;
+constexpr size_t kRowBytes = 320;
 constexpr size_t kMappingSegmentAt = kRowTableAt + 112;
-constexpr size_t kFileTableAt = 20480;
-constexpr size_t kSegmentsAt = 282624;
+constexpr size_t kFileTableAt = 24576;
+constexpr size_t kSegmentsAt = 286720;
 
 class LedgerNoiseTest : public LedgerFixture {
  protected:

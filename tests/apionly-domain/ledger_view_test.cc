@@ -29,12 +29,12 @@ constexpr size_t kSequenceAt = 192;
 constexpr size_t kEndAt = 200;
 constexpr size_t kRowTableAt = 4096;
 constexpr size_t kRowNameAt = kRowTableAt + 32;
-constexpr size_t kRowBytes = 256;
+constexpr size_t kRowBytes = 320;
 constexpr size_t kRowChangesAt = kRowTableAt + 192;
 constexpr size_t kRowHeldAt = kRowTableAt + 200;
-constexpr size_t kFileTableAt = 20480;
+constexpr size_t kFileTableAt = 24576;
 constexpr size_t kHoldSegmentAt = kFileTableAt + 64;
-constexpr size_t kSegmentsAt = 282624;
+constexpr size_t kSegmentsAt = 286720;
 
 class LedgerViewTest : public LedgerFixture {
  protected:
@@ -112,9 +112,9 @@ TEST_F(LedgerViewTest, LedgerCutAnywhereIsRefused) {
 
 TEST_F(LedgerViewTest, ForeignVersionSaysWhatWasFoundAndExpected) {
   std::string bytes = Sample();
-  for (const uint32_t version : {2, 4}) {
+  for (const uint32_t version : {3, 5}) {
     Put(bytes, kVersionAt, version);
-    ExpectRefused(bytes, "the version is " + std::to_string(version) + ", expected 3");
+    ExpectRefused(bytes, "the version is " + std::to_string(version) + ", expected 4");
   }
 }
 

@@ -58,7 +58,7 @@ TEST_F(AuditMetricsTest, FiguresAreTheLedgersInBytes) {
   vgpu->set_pinned_pages(123);
   vgpu->set_locked_pages(112);
   vgpu->set_locked_areas(37, 16382);
-  vgpu->set_cache({1760, 8, 70, 2000, 240, 232, 1});
+  vgpu->set_cache({1760, 8, 70, 2000, 240, 232, 1, 41, 30, 3, 6});
   ASSERT_THAT(vgpu->hold(kRam, 50000, {0, 100}), IsOk());
   ASSERT_THAT((*nic)->hold(kRam, 50000, {50, 1000}), IsOk());
   const Families families = Metrics();
@@ -78,6 +78,10 @@ TEST_F(AuditMetricsTest, FiguresAreTheLedgersInBytes) {
   EXPECT_EQ(Value(families, "mvgpu_dma_cache_unmapped_pages", of_vgpu), 240);
   EXPECT_EQ(Value(families, "mvgpu_dma_cache_revoked_pages", of_vgpu), 232);
   EXPECT_EQ(Value(families, "mvgpu_dma_cache_evicted_pages", of_vgpu), 1);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_map_calls", of_vgpu), 41);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_mapper_calls", of_vgpu), 30);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_revocations", of_vgpu), 3);
+  EXPECT_EQ(Value(families, "mvgpu_dma_cache_moved_pages", of_vgpu), 6);
   EXPECT_EQ(
       Value(families, "mvgpu_domain_charged_bytes", {{"vm", kVm}, {"row", "1"}, {"domain", "nic"}}),
       950 * 4096.);
@@ -115,7 +119,7 @@ TEST_F(AuditMetricsTest, ADomainSaysWhatItIsAndHowItIs) {
 
 TEST_F(AuditMetricsTest, EveryFamilyHasHelpAndTypeAndItsUnit) {
   const Families families = Metrics();
-  EXPECT_EQ(families.size(), 25u);
+  EXPECT_EQ(families.size(), 29u);
   for (const auto& [name, family] : families) {
     EXPECT_TRUE(name.starts_with("mvgpu_")) << name;
     EXPECT_THAT(family.help, Not(IsEmpty())) << name;

@@ -37,7 +37,7 @@ TEST_F(AuditTest, TableShowsEveryDomainAndEveryPageOnceInTheTotal) {
   vgpu->set_pinned_pages(123);
   vgpu->set_locked_pages(112);
   vgpu->set_locked_areas(37, 16382);
-  vgpu->set_cache({1760, 8, 70, 2000, 240, 232, 0});
+  vgpu->set_cache({1760, 8, 70, 2000, 240, 232, 0, 41, 30, 3, 0});
   ASSERT_THAT(vgpu->hold(kRam, 50000, {0, 100}), IsOk());
   ASSERT_THAT((*assigned)->hold(kRam, 50000, {50, 1000}), IsOk());
   const Outcome outcome = Show();
@@ -76,9 +76,16 @@ TEST_F(AuditTest, TableShowsEveryDomainAndEveryPageOnceInTheTotal) {
   EXPECT_THAT(outcome.out, HasSubstr("pid " + pid + ": kernel VmLck"));
   EXPECT_THAT(outcome.out, HasSubstr(", 37 of 16382 memory areas\n"));
   EXPECT_THAT(outcome.out,
-              HasSubstr("  vgpu: dma cache: 1760 pages, 8 of them idle; 70 hits, 2000 misses\n"
-                        "  vgpu: dma cache: 240 unmapped, 232 of them revoked, 0 evicted\n"));
+              HasSubstr("  vgpu: dma cache: 1760 pages (7040 kB), 8 of them idle (32 kB)\n"
+                        "  vgpu: dma cache: 70 hits, 2000 misses; 41 maps, 30 mapper calls\n"
+                        "  vgpu: dma cache: 240 unmapped: 232 revoked (3 users told), "
+                        "0 evicted\n"));
+  EXPECT_THAT(outcome.out, Not(HasSubstr("moved by the kernel")));
   EXPECT_THAT(outcome.out, Not(HasSubstr("nic: dma cache")));
+  vgpu->set_cache({1760, 8, 70, 2000, 240, 232, 0, 41, 30, 3, 6});
+  EXPECT_THAT(Show().out,
+              HasSubstr("0 evicted\n  vgpu: dma cache: 6 of those revoked had been moved by the "
+                        "kernel\n"));
   vgpu->release(kRam, {0, 100});
   (*assigned)->release(kRam, {50, 1000});
 }
@@ -89,7 +96,7 @@ TEST_F(AuditTest, JsonHasTheDocumentedFields) {
   row->set_mapped_pages(400);
   row->set_granule_pages(8);
   row->set_locked_areas(37, 16382);
-  row->set_cache({90, 10, 70, 100, 15, 4, 3});
+  row->set_cache({90, 10, 70, 100, 15, 4, 3, 61, 52, 7, 2});
   ASSERT_THAT(row->hold(kRam, 1000, {0, 100}), IsOk());
   const nlohmann::json json = ShowJson();
   EXPECT_EQ(json["runtime_dir"], dir_);
@@ -114,8 +121,10 @@ TEST_F(AuditTest, JsonHasTheDocumentedFields) {
   EXPECT_EQ(domain["locked_areas"], 37);
   EXPECT_EQ(domain["area_budget"], 16382);
   EXPECT_EQ(domain["dma_cache"].dump(),
-            R"({"cached_pages":90,"evicted_pages":3,"hit_pages":70,"idle_pages":10,)"
-            R"("miss_pages":100,"revoked_pages":4,"unmapped_pages":15})");
+            R"({"cached_bytes":368640,"cached_pages":90,"evicted_pages":3,"hit_pages":70,)"
+            R"("idle_bytes":40960,"idle_pages":10,"map_calls":61,"mapper_calls":52,)"
+            R"("miss_pages":100,"moved_pages":2,"revocations":7,"revoked_pages":4,)"
+            R"("unmapped_pages":15})");
   EXPECT_EQ(domain["mapped_pages"], 400);
   EXPECT_EQ(domain["unique_pages"], 100);
   EXPECT_EQ(domain["charged_pages"], 100);
@@ -124,6 +133,23 @@ TEST_F(AuditTest, JsonHasTheDocumentedFields) {
   EXPECT_EQ(vm["files"][0]["inode"], kRam.inode);
   EXPECT_EQ(vm["files"][0]["unique_pages"], 100);
   row->release(kRam, {0, 100});
+}
+
+// Large counts, and a long name; what would not be true bytes is not shown wrapped around.
+TEST_F(AuditTest, CacheOfALedgerThatSaysWhatItLikesIsShownInItsBounds) {
+  auto ledger = Open();
+  auto row = Join(*ledger, "a-name-of-fifteen-and-more");
+  constexpr uint64_t kMany = 16'777'216;  // 64 GiB
+  row->set_cache({kMany, kMany, 9'999'999'999, kMany, kMany, kMany, 9'999'999, kMany, kMany, 99});
+  std::istringstream lines(Show().out);
+  for (std::string line; std::getline(lines, line);) {
+    if (line.find("dma cache") != std::string::npos) {
+      EXPECT_LE(line.size(), 100u) << line;
+    }
+  }
+  row->set_cache({UINT64_MAX, uint64_t{1} << 52});
+  EXPECT_EQ(ShowJson()["vms"][0]["domains"][0]["dma_cache"]["cached_bytes"], UINT64_MAX);
+  EXPECT_EQ(ShowJson()["vms"][0]["domains"][0]["dma_cache"]["idle_bytes"], UINT64_MAX);
 }
 
 TEST_F(AuditTest, KernelsOwnFigureOfTheProcessStandsBeside) {

@@ -120,6 +120,16 @@ TEST_F(BackendCommandLineTest, MistakesAreOneLineAndExitCodeTwo) {
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=99999999999999999999G"}, 2),
               HasSubstr("pin-limit"));
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=0"}, 2), HasSubstr("less than a page"));
+  for (const char* size : {"1", "512", "3K", "4095"}) {
+    EXPECT_THAT(ExpectRefuses({path, std::string("--dma-idle=") + size}, 2),
+                HasSubstr("less than a page; give 4K or more, or 0 for none"));
+  }
+  for (const char* size : {"lots", "", "4KK", "1e9", "99999999999999999999G", "16E"}) {
+    EXPECT_THAT(ExpectRefuses({path, std::string("--dma-idle=") + size}, 2),
+                HasSubstr("--dma-idle"))
+        << size;
+  }
+  EXPECT_THAT(ExpectRefuses({path, "--dma-idle=-4K"}, 2), HasSubstr("'-4K' is no size"));
   EXPECT_THAT(ExpectRefuses({"--fd=-7"}, 2), HasSubstr("--fd"));
   EXPECT_THAT(ExpectRefuses({"--fd=zero"}, 2), HasSubstr("--fd"));
   EXPECT_THAT(ExpectRefuses({path, "--vm-uuid=nobody"}, 2), HasSubstr("nobody"));
@@ -285,6 +295,21 @@ TEST_F(BackendAccountsTest, AuditSeesTheRunningVm) {
   EXPECT_EQ(domains[0]["mapped_pages"], 2048);
   EXPECT_EQ(domains[0]["unique_pages"], 3);
   EXPECT_EQ(domains[0]["charged_pages"], 3);
+  vm.reset();
+  ExpectVmGone();
+  EXPECT_EQ(Domains().size(), 0u);
+}
+
+TEST_F(BackendAccountsTest, IdlePagesAreKeptAsLongAsTheVmIsThere) {
+  Start({"--vm-uuid=" + std::string(kVmUuid), "--dma-idle=9000"});
+  auto vm = StartVm();
+  EXPECT_EQ(vm->guest.create(1), kOk);
+  EXPECT_EQ(vm->guest.attach_picture(1), kOk);
+  EXPECT_EQ(vm->guest.detach(1), kOk);
+  const json domains = Domains();
+  ASSERT_EQ(domains.size(), 1u);
+  EXPECT_EQ(domains[0]["dma_cache"]["idle_pages"], 2) << "whole pages";
+  EXPECT_EQ(domains[0]["charged_pages"], 2);
   vm.reset();
   ExpectVmGone();
   EXPECT_EQ(Domains().size(), 0u);

@@ -1,5 +1,6 @@
 // VMs come and go, in good order and without; the backend lives on and keeps nothing.
 
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
@@ -10,6 +11,7 @@
 #include <filesystem>
 
 #include "backend/replay/player.h"
+#include "dma-cache/physical_mapper.h"
 #include "tests/backend/backend_fixture.h"
 #include "tests/fakes/event_counter.h"
 
@@ -316,6 +318,28 @@ TEST_F(BackendSessionTest, SignalWithoutTheOptionIsHarmless) {
   backend_->send_signal(SIGUSR1);
   EXPECT_NE(backend_->wait_for_err("start with --screenshot=FILE.png"), std::string::npos);
   EXPECT_TRUE(vm->guest.draw(1, 1));
+}
+
+// The VMM gives the guest other pages behind the backend's back: to the device that is as if the
+// kernel had moved them.
+TEST_F(BackendSessionTest, PagesThatMovedUnderMlockAreTakenFromTheDeviceAndReported) {
+  if (const auto mapper = dma::PhysicalMapper::Create(); !mapper) {
+    GTEST_SKIP() << mapper.error().message();
+  }
+  Start({"--dma=physical", "--pin=mlock"});
+  auto vm = StartVm();
+  EXPECT_TRUE(vm->guest.draw(1, 1));
+  ASSERT_EQ(fallocate(vm->guest.ram().fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                      GpuGuest::kLowSize + 4096, 8192),
+            0);
+  EXPECT_NE(backend_->wait_for_err("vgpu0: the kernel moved 2 pages that mlock held"),
+            std::string::npos)
+      << backend_->err();
+  EXPECT_THAT(backend_->err(), HasSubstr("use --pin=io-uring"));
+  vm->guest.paint(9);
+  EXPECT_EQ(vm->guest.transfer(1), kOk) << "with the addresses of now";
+  vm.reset();
+  ExpectVmGone();
 }
 
 backend::Player::Outcome Replay(const std::string& path) {

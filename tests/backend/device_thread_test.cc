@@ -180,6 +180,79 @@ TEST(DeviceThreadTest, StopFinishesWhatIsUnderWayAndLeavesWhatWaits) {
   EXPECT_TRUE(job_ran) << "jobs that were posted before are done";
 }
 
+// Chores have a period of a millisecond here, or of a day: nothing depends on how long it is.
+constexpr auto kSoon = std::chrono::milliseconds(1);
+constexpr auto kNever = std::chrono::hours(24);
+
+TEST(DeviceThreadTest, ChoreWaitsForAStepThenRunsWhileItHasSomethingToDo) {
+  std::atomic<int> steps = 0;
+  std::atomic<int> runs = 0;
+  std::atomic<bool> came_early = false;
+  std::promise<void> third;
+  std::promise<void> fifth;
+  DeviceThread thread(
+      [&](uint16_t) {
+        ++steps;
+        return false;
+      },
+      {.run =
+           [&] {
+             if (steps == 0) came_early = true;
+             ++runs;
+             if (runs == 3) third.set_value();
+             if (runs == 5) fifth.set_value();
+             return runs < 3 || runs == 4;
+           },
+       .period = kSoon});
+  std::promise<void> idle;
+  thread.post([&] { idle.set_value(); });
+  idle.get_future().wait();
+  thread.kick(0);
+  ASSERT_EQ(third.get_future().wait_for(seconds(30)), std::future_status::ready);
+  // It said that there is nothing to do: only another step brings it back.
+  for (int i = 0; i < 20; ++i) {
+    std::promise<void> job;
+    thread.post([&] { job.set_value(); });
+    job.get_future().wait();
+  }
+  EXPECT_EQ(runs, 3);
+  EXPECT_FALSE(came_early);
+  thread.kick(1);
+  ASSERT_EQ(fifth.get_future().wait_for(seconds(30)), std::future_status::ready);
+  EXPECT_EQ(steps, 2);
+}
+
+TEST(DeviceThreadTest, ChoreComesAlsoBetweenRequestsThatDoNotEnd) {
+  std::promise<void> third;
+  int runs = 0;
+  DeviceThread thread([](uint16_t) { return true; }, {.run =
+                                                          [&] {
+                                                            if (++runs == 3) third.set_value();
+                                                            return true;
+                                                          },
+                                                      .period = kSoon});
+  thread.kick(0);
+  EXPECT_EQ(third.get_future().wait_for(seconds(30)), std::future_status::ready);
+}
+
+TEST(DeviceThreadTest, ChoreThatIsNotDueIsNotRunAndDoesNotHoldUpTheEnd) {
+  Queues queues;
+  DeviceThread thread([&](uint16_t queue) { return queues.step(queue); }, {.run =
+                                                                               [] {
+                                                                                 ADD_FAILURE()
+                                                                                     << "not yet";
+                                                                                 return true;
+                                                                               },
+                                                                           .period = kNever});
+  queues.add(0, 3);
+  thread.kick(0);
+  EXPECT_TRUE(queues.wait_for(3)) << "work goes on meanwhile";
+  queues.add(5, 2);
+  thread.kick(5);
+  EXPECT_TRUE(queues.wait_for(5));
+  thread.stop();
+}
+
 TEST(DeviceThreadTest, StopTwiceAndKicksAfterwardsAreHarmless) {
   Queues queues;
   queues.add(0, 1);

@@ -170,7 +170,7 @@ TEST_F(PlayerTest, OnePixelOfTheGuestIsNoticed) {
 TEST_F(PlayerTest, EachNumberOfTheSummaryIsCompared) {
   Record();
   const json summary = json::parse(summary_);
-  EXPECT_EQ(summary.size(), 19u);
+  EXPECT_EQ(summary.size(), 23u);
   for (const auto& [key, value] : summary.items()) {
     json changed = summary;
     changed[key] = value.is_number() ? json(value.get<uint64_t>() + 1) : json("0");

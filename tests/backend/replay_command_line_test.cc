@@ -17,6 +17,7 @@ namespace mvgpu::testing {
 namespace {
 
 using nlohmann::json;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
 
 struct Ran {
@@ -218,6 +219,147 @@ class ReplayCommandLineTest : public backend::RecordedVgpuTest {
   }
 };
 
+// A session in which the cache does everything that it counts, each a different number of times.
+// Three pages may be idle.
+class CountersOfASession : public backend::RecordedVgpuTest {
+ protected:
+  static constexpr char kVm[] = "00112233-4455-6677-8899-aabbccddeeff";
+  static constexpr uint64_t kOthers = GpuGuest::kPictures + 16 * kPageSize;
+
+  CountersOfASession() {
+    config_.vm_uuid = kVm;
+    config_.runtime_dir = dir_ / "run";
+    config_.dma_idle_bytes = 3 * kPageSize + 1000;
+  }
+  void Transfer(int times) {
+    for (int i = 0; i < times; ++i) EXPECT_EQ(guest_->transfer(1), kOk);
+  }
+  void UseOthers(uint64_t pages) {
+    EXPECT_EQ(guest_->attach(2, {{kOthers, static_cast<uint32_t>(BytesIn(pages))}}), kOk);
+    EXPECT_EQ(guest_->detach(2), kOk);
+  }
+  void TakePicturesAway() {
+    ASSERT_THAT(guest_->unmap_pictures(), IsOk());
+    ASSERT_THAT(guest_->map_pictures(), IsOk());
+  }
+  void RunCountedSession() {
+    StartGuest();
+    for (const uint32_t id : {1, 2, 3}) EXPECT_EQ(guest_->create(id), kOk);
+    EXPECT_EQ(guest_->attach_picture(1), kOk);  // 3 misses
+    Transfer(2);                                // 6 hits
+    UseOthers(5);                               // 5 misses; 2 evicted, 3 idle
+    UseOthers(5);                               // 3 hits, 2 misses; 2 evicted, 3 idle
+    TakePicturesAway();                         // 6 revoked
+    Transfer(2);                                // 3 misses, 3 hits: held, then used; 3 hits
+    TakePicturesAway();                         // 3 revoked
+    Transfer(1);                                // 3 misses, 3 hits
+    UseOthers(1);                               // 1 miss; 1 idle
+    Transfer(4);                                // 12 hits
+    EXPECT_EQ(guest_->attach(3, {{kOthers + 8 * kPageSize, 4096}}), kOk);  // 1 miss
+  }
+  // The line of the report for people that begins so.
+  static std::string LineOf(const Ran& ran, const std::string& begin) {
+    std::istringstream lines(ran.out);
+    for (std::string line; std::getline(lines, line);) {
+      if (line.starts_with("  " + begin)) return line;
+    }
+    return "";
+  }
+};
+
+TEST_F(CountersOfASession, AreAllInTheAuditOfTheRunningVgpu) {
+  ASSERT_NO_FATAL_FAILURE(RunCountedSession());
+  const Ran audit = RunAudit({"show", "--json", "--runtime-dir=" + config_.runtime_dir});
+  EXPECT_EQ(audit.exit_code, 0) << audit.err;
+  EXPECT_EQ(audit.report()["vms"][0]["domains"][0]["dma_cache"], (json{{"cached_pages", 5},
+                                                                       {"cached_bytes", 5 * 4096},
+                                                                       {"idle_pages", 1},
+                                                                       {"idle_bytes", 4096},
+                                                                       {"hit_pages", 30},
+                                                                       {"miss_pages", 18},
+                                                                       {"map_calls", 16},
+                                                                       {"mapper_calls", 7},
+                                                                       {"unmapped_pages", 13},
+                                                                       {"revocations", 2},
+                                                                       {"revoked_pages", 9},
+                                                                       {"moved_pages", 0},
+                                                                       {"evicted_pages", 4}}));
+  EXPECT_EQ(audit.report()["vms"][0]["domains"][0]["charged_pages"], 5) << "idle ones, too";
+  const json session = json::parse(vgpu_->session_json());
+  EXPECT_EQ(session["dma_miss_pages"], 18);
+  EXPECT_EQ(session["dma_unmapped_pages"], 13);
+  EndVm();
+  const Ran after = RunAudit({"show", "--json", "--runtime-dir=" + config_.runtime_dir});
+  const json domain = after.report()["vms"][0]["domains"][0];
+  EXPECT_EQ(domain["pinned_pages"], 0);
+  EXPECT_EQ(domain["charged_pages"], 0);
+  EXPECT_EQ(domain["dma_cache"]["cached_pages"], 0);
+  EXPECT_EQ(domain["dma_cache"]["idle_bytes"], 0);
+}
+
+TEST_F(CountersOfASession, AreAllInTheReplay) {
+  ASSERT_NO_FATAL_FAILURE(RunCountedSession());
+  ASSERT_NO_FATAL_FAILURE(EndSession());
+  const Ran ran = RunReplay({"run", trace_path(), "--json"});
+  EXPECT_EQ(ran.exit_code, 0) << ran.out;
+  const json counters = ran.report()["counters"];
+  EXPECT_EQ(counters, json::parse(summary_));
+  // The driver's end leaves 4 pages idle, 2 go for others; the VMM's takes 3.
+  for (const auto& [key, value] : std::map<std::string, uint64_t>{{"dma_hit_pages", 30},
+                                                                  {"dma_miss_pages", 18},
+                                                                  {"dma_map_calls", 16},
+                                                                  {"dma_mapper_calls", 7},
+                                                                  {"dma_unmapped_pages", 18},
+                                                                  {"dma_revocations", 2},
+                                                                  {"dma_revoked_pages", 12},
+                                                                  {"dma_evicted_pages", 6},
+                                                                  {"dma_peak_cached_pages", 8},
+                                                                  {"dma_peak_cached_bytes", 32768},
+                                                                  {"dma_peak_idle_pages", 3},
+                                                                  {"dma_peak_idle_bytes", 12288}}) {
+    EXPECT_EQ(counters[key], value) << key;
+  }
+  EXPECT_EQ(ran.report()["dma_idle_bytes"], 3 * 4096 + 1000);
+  EXPECT_EQ(ran.report()["pins_compared"], true);
+  const Ran text = RunReplay({"run", trace_path()});
+  EXPECT_THAT(LineOf(text, "dma cache (hits, misses, unmapped)"), EndsWith("  30, 18, 18"));
+  EXPECT_THAT(LineOf(text, "dma maps, mapper calls"), EndsWith("  16, 7"));
+  EXPECT_THAT(LineOf(text, "cached at most, idle at most"),
+              EndsWith("  8 pages (32768 bytes), 3 (12288 bytes)"));
+  EXPECT_THAT(LineOf(text, "revoked pages (users told), evicted"), EndsWith(" 12 (2), 6"));
+  EXPECT_THAT(LineOf(text, "as recorded"), EndsWith("  yes: every answer, frame and count"));
+}
+
+TEST_F(CountersOfASession, FollowTheIdleListThatAReplayIsGiven) {
+  ASSERT_NO_FATAL_FAILURE(RunCountedSession());
+  ASSERT_NO_FATAL_FAILURE(EndSession());
+  const Ran none = RunReplay({"run", trace_path(), "--json", "--dma-idle=0", "--pin=mlock"});
+  EXPECT_EQ(none.exit_code, 0) << none.out;
+  EXPECT_EQ(none.report()["pins_compared"], false);
+  EXPECT_EQ(none.report()["counters"]["dma_peak_idle_pages"], 0);
+  EXPECT_EQ(none.report()["counters"]["dma_hit_pages"], 30 - 3);
+  EXPECT_EQ(none.report()["counters"]["dma_miss_pages"], 18 + 3);
+  const Ran more = RunReplay({"run", trace_path(), "--json", "--dma-idle=20K", "--pin=mlock"});
+  EXPECT_EQ(more.exit_code, 0) << more.out;
+  EXPECT_EQ(more.report()["counters"]["dma_peak_idle_pages"], 5);
+  EXPECT_EQ(more.report()["counters"]["dma_hit_pages"], 30 + 2);
+  EXPECT_EQ(more.report()["all_released"], true);
+  EXPECT_THAT(LineOf(RunReplay({"run", trace_path(), "--dma-idle=20K"}), "as recorded"),
+              EndsWith("  yes: every answer and frame; pins not, as --dma-idle is another"));
+  // The same in whole pages is the same list.
+  const Ran same = RunReplay({"run", trace_path(), "--json", "--dma-idle=12K"});
+  EXPECT_EQ(same.report()["pins_compared"], true);
+  EXPECT_EQ(same.report()["counters"], json::parse(summary_));
+  // What the guest saw is compared all the same.
+  auto records = Records();
+  json summary = json::parse(summary_);
+  summary["control_commands"] = 1;
+  records.back().payload = RawOf(summary.dump());
+  WriteFile(dir_ / "other", EncodeTrace(records));
+  EXPECT_EQ(RunReplay({"run", dir_ / "other", "--json", "--dma-idle=0"}).report()["differences"],
+            1);
+}
+
 // Not under LeakSanitizer, which reports what Mesa's CPU device has of its own when it is unloaded.
 #if defined(MVGPU_HAS_VULKAN) && !defined(__SANITIZE_ADDRESS__)
 TEST_F(ReplayCommandLineTest, TraceRunsTheSameWithAVulkanDevice) {
@@ -297,6 +439,11 @@ TEST_F(ReplayCommandLineTest, MistakesAreOneLineAndExitCodeTwo) {
   ExpectFails({"run", "--nonsense"}, 2);
   ExpectFails({"run", trace_path(), trace_path()}, 2);
   ExpectFails({"run", "--pin=glue"}, 2);
+  EXPECT_THAT(ExpectFails({"run", "--dma-idle=4095"}, 2), HasSubstr("less than a page"));
+  EXPECT_THAT(ExpectFails({"run", "--dma-idle=-4K"}, 2), HasSubstr("'-4K' is no size"));
+  WriteFile(dir_ / "s.scenario", RawOf("mvgpu scenario 1\n"));
+  EXPECT_THAT(ExpectFails({"run", dir_ / "s.scenario", "--dma-idle=0"}, 2),
+              HasSubstr("takes only --json and --pin"));
   EXPECT_EQ(RunReplay({"--help"}).exit_code, 0);
   EXPECT_EQ(RunReplay({"--version"}).exit_code, 0);
 }

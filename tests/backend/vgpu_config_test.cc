@@ -17,6 +17,7 @@ using testing::IsOk;
 VgpuConfig Unusual() {
   VgpuConfig config;
   config.pin_limit_bytes = 12345;
+  config.dma_idle_bytes = 54321;
   config.gpu = {.scanouts = 3,
                 .preferred_mode = {800, 600},
                 .largest_mode = {1920, 1080},
@@ -30,6 +31,7 @@ TEST(VgpuConfigTest, WhatTheGuestCanNoticeTravelsThroughJson) {
   const auto read = VgpuConfig::FromJson(Unusual().to_json());
   ASSERT_THAT(read, IsOk());
   EXPECT_EQ(read->pin_limit_bytes, 12345u);
+  EXPECT_EQ(read->dma_idle_bytes, 54321u);
   EXPECT_EQ(read->gpu.scanouts, 3u);
   EXPECT_EQ(read->gpu.preferred_mode, (gpu::Size{800, 600}));
   EXPECT_EQ(read->gpu.largest_mode, (gpu::Size{1920, 1080}));
@@ -52,6 +54,30 @@ TEST(VgpuConfigTest, TheRecordNamesWhatHoldsThePages) {
   config.iommu_group.clear();
   config.vfio_device = "0000:00:05.0";
   EXPECT_EQ(named(config), "iommufd");
+}
+
+TEST(VgpuConfigTest, TracesWithoutAnIdleListHadNone) {
+  json old = json::parse(Unusual().to_json());
+  old.erase("dma_idle_bytes");
+  const auto read = VgpuConfig::FromJson(old.dump());
+  ASSERT_THAT(read, IsOk());
+  EXPECT_EQ(read->dma_idle_bytes, 0u);
+  for (const json& value : {json(-1), json("7"), json(1.5), json(nullptr)}) {
+    old["dma_idle_bytes"] = value;
+    EXPECT_THAT(VgpuConfig::FromJson(old.dump()), FailsWith(ErrorCode::kCorrupt)) << value;
+  }
+}
+
+TEST(VgpuConfigTest, PagesMayMoveWhereMlockIsAllThatHoldsWhatADeviceHasTheAddressOf) {
+  for (const auto& [dma_name, dma] : DmaModes()) {
+    for (const auto& [pin_name, pin] : PinModes()) {
+      VgpuConfig config;
+      config.dma = dma;
+      config.pin = pin;
+      EXPECT_EQ(config.pages_may_move(), dma_name == "physical" && pin_name == "mlock")
+          << dma_name << " " << pin_name;
+    }
+  }
 }
 
 // A replay must not write into the accounts of the VM that was recorded.

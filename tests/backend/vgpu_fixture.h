@@ -84,6 +84,7 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   void on_refused(const Error& error) override { refusals_.push_back(error.message()); }
   void on_unsealed_memory(IovaRange range) override { unsealed_.push_back(range); }
   void on_remote_memory(Iova first) override { remote_.push_back(first); }
+  void on_moved_pages(uint64_t pages) override { moved_.push_back(pages); }
 
   VgpuConfig config_;
   std::unique_ptr<dma::Mapper> mapper_;  // that SetUp() takes; null: the one of config_
@@ -93,6 +94,7 @@ class VgpuTest : public ::testing::Test, protected Vgpu::Owner {
   std::vector<std::string> refusals_;
   std::vector<IovaRange> unsealed_;
   std::vector<Iova> remote_;
+  std::vector<uint64_t> moved_;
   std::unique_ptr<Vgpu> vgpu_;
   std::unique_ptr<testing::GpuGuest> guest_;
   bool has_ended_ = false;

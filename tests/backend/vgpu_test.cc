@@ -8,6 +8,7 @@
 #include "backend/device_thread.h"
 #include "backend/replay/player.h"
 #include "tests/backend/vgpu_fixture.h"
+#include "tests/fakes/counting_mapper.h"
 #include "tests/fakes/kernel_counters.h"
 
 namespace mvgpu::backend {
@@ -251,6 +252,129 @@ TEST_F(LedgerTest, AccountsFollowTheGuest) {
   EXPECT_EQ(Snapshot().rows[0].cache.unmapped_pages, kPicturePages);
 }
 
+// Room for two pages that nobody uses.
+class IdleTest : public LedgerTest {
+ protected:
+  IdleTest() {
+    config_.pin = PinMode::kMlock;
+    config_.dma_idle_bytes = 2 * kPageSize;
+  }
+};
+
+TEST_F(IdleTest, PagesThatNobodyUsesStayPinnedAndChargedUpToTheLimit) {
+  StartGuest();
+  EXPECT_EQ(guest_->create(1), kOk);
+  EXPECT_EQ(guest_->attach_picture(1), kOk);
+  EXPECT_EQ(guest_->detach(1), kOk);
+  EXPECT_EQ(Now().cache.idle_pages, 2u);
+  EXPECT_EQ(Now().cache.evicted_pages, 1u);
+  EXPECT_EQ(Now().domain.pinned_pages, 2u);
+  EXPECT_EQ(Now().domain.charged_pages, 2u);
+  EXPECT_EQ(Snapshot().rows[0].charged_pages, 2u);
+  EXPECT_EQ(Snapshot().rows[0].cache.idle_pages, 2u);
+  EXPECT_EQ(guest_->attach_picture(1), kOk);
+  EXPECT_EQ(Now().cache.hit_pages, 2u);
+  EXPECT_EQ(Now().cache.idle_pages, 0u);
+  EXPECT_EQ(Now().peak_idle_pages, 2u);
+}
+
+// A driver that starts anew resets by a register; the accounts follow at once.
+TEST_F(IdleTest, DriversResetLeavesPagesIdleAndTheVmmsEndTakesThem) {
+  StartGuest();
+  ASSERT_TRUE(guest_->draw(1, 1));
+  EXPECT_EQ(Now().peak_idle_pages, 0u);
+  ASSERT_TRUE(guest_->boot());
+  EXPECT_EQ(Now().peak_idle_pages, 2u);
+  EXPECT_EQ(Snapshot().rows[0].cache.idle_pages, 2u);
+  EXPECT_EQ(Snapshot().rows[0].cache.cached_pages, 2u);
+  vgpu_->reset();
+  EXPECT_FALSE(Now().all_released());
+  EXPECT_GT(Now().domain.locked_pages, 0u);
+  EXPECT_THAT(vgpu_->dma_unmap_all(), IsOk());
+  EXPECT_TRUE(Now().all_released());
+  EXPECT_EQ(Snapshot().charged_pages(), 0u);
+  EXPECT_EQ(Snapshot().rows[0].cache.idle_pages, 0u);
+}
+
+class IdleUnderLimitTest : public IdleTest {
+ protected:
+  IdleUnderLimitTest() { config_.pin_limit_bytes = kPicturePages * kPageSize; }
+};
+
+TEST_F(IdleUnderLimitTest, IdlePagesGoFirst) {
+  StartGuest();
+  EXPECT_EQ(guest_->create(1), kOk);
+  EXPECT_EQ(guest_->attach(1, {{GpuGuest::kPictures + 0x10000, 2 * kPageSize}}), kOk);
+  EXPECT_EQ(guest_->detach(1), kOk);
+  EXPECT_EQ(Now().cache.idle_pages, 2u);
+  EXPECT_EQ(guest_->attach_picture(1), kOk) << "needs all of the limit";
+  EXPECT_EQ(Now().cache.idle_pages, 0u);
+  EXPECT_EQ(Now().domain.unique_pages, kPicturePages);
+  EXPECT_TRUE(refusals_.empty());
+}
+
+// A mapper that knows which pages moved.
+class RecheckTest : public RecordedVgpuTest {
+ protected:
+  static constexpr uint64_t kFirst = GpuGuest::kPictures / kPageSize;
+
+  RecheckTest() {
+    auto mapper = std::make_unique<testing::CountingMapper>();
+    counting_ = mapper.get();
+    mapper_ = std::move(mapper);
+    config_.vm_uuid = "00112233-4455-6677-8899-aabbccddeeff";
+    config_.runtime_dir = dir_ / "run";
+  }
+  Vgpu::Counters Now() const { return vgpu_->counters(); }
+  domain::CacheFigures Shown() {
+    auto dir = domain::RuntimeDir::OpenForReading(config_.runtime_dir);
+    EXPECT_THAT(dir, IsOk());
+    auto snapshot = domain::ReadLedger(*dir, config_.vm_uuid);
+    EXPECT_THAT(snapshot, IsOk());
+    return snapshot ? snapshot->rows[0].cache : domain::CacheFigures{};
+  }
+  testing::CountingMapper* counting_;
+};
+
+TEST_F(RecheckTest, PagesThatMovedAreTakenFromTheDeviceAndMappedAnewWhenNeeded) {
+  EXPECT_FALSE(vgpu_->recheck()) << "nothing is cached";
+  StartGuest();
+  ASSERT_TRUE(guest_->draw(1, 1));
+  counting_->moved = {kFirst, kFirst + 2, kFirst + 100};
+  EXPECT_TRUE(vgpu_->recheck());
+  EXPECT_EQ(moved_, std::vector<uint64_t>{2});
+  EXPECT_EQ(Now().moved_pages, 2u);
+  EXPECT_EQ(Now().cache.revoked_pages, 2u);
+  EXPECT_EQ(Now().cache.cached_pages, 1u);
+  EXPECT_EQ(Now().domain.pinned_pages, 1u);
+  EXPECT_EQ(Shown().moved_pages, 2u);
+  EXPECT_EQ(Shown().cached_pages, 1u);
+  EXPECT_EQ(counting_->mapped_iova_pages(), std::set<uint64_t>{kFirst + 1});
+  counting_->moved.clear();
+  guest_->paint(7);
+  EXPECT_EQ(guest_->transfer(1), kOk);
+  EXPECT_EQ(guest_->flush(1), kOk);
+  EXPECT_EQ(Now().cache.cached_pages, kPicturePages);
+  EXPECT_TRUE(vgpu_->recheck());
+  EXPECT_EQ(moved_.size(), 1u) << "told once";
+  EXPECT_EQ(guest_->detach(1), kOk);
+  EXPECT_FALSE(vgpu_->recheck());
+}
+
+TEST_F(RecheckTest, ALookThatFindsNothingLeavesNoTraceInARecording) {
+  StartGuest();
+  ASSERT_TRUE(guest_->draw(1, 1));
+  const uint64_t records = writer_->records();
+  const std::string before = vgpu_->session_json();
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(vgpu_->recheck());
+  EXPECT_EQ(writer_->records(), records);
+  EXPECT_EQ(vgpu_->session_json(), before);
+  EXPECT_TRUE(moved_.empty());
+  counting_->moved = {kFirst};
+  EXPECT_TRUE(vgpu_->recheck());
+  EXPECT_EQ(writer_->records(), records + 1) << "the accounts changed";
+}
+
 TEST(VgpuCreateTest, ConfigurationsThatCannotBeAreRefused) {
   struct NoOwner final : Vgpu::Owner {
     void on_doorbell(uint16_t) override {}
@@ -259,6 +383,7 @@ TEST(VgpuCreateTest, ConfigurationsThatCannotBeAreRefused) {
     void on_refused(const Error&) override {}
     void on_unsealed_memory(IovaRange) override {}
     void on_remote_memory(Iova) override {}
+    void on_moved_pages(uint64_t) override {}
   } owner;
   const auto create = [&owner](const VgpuConfig& config) {
     return Vgpu::Create(config, std::move(*Vgpu::MakeParts(config)), nullptr, &owner);
