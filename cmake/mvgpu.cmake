@@ -21,6 +21,15 @@ if(MVGPU_SANITIZE)
   endif()
 endif()
 
+# mvgpu_without_vulkan(WHY): something of Vulkan is left out; an error with MVGPU_REQUIRE_VULKAN.
+function(mvgpu_without_vulkan why)
+  if(MVGPU_REQUIRE_VULKAN)
+    # The space in front keeps it one line.
+    message(FATAL_ERROR " ${why}; install it, or configure with -DMVGPU_REQUIRE_VULKAN=OFF")
+  endif()
+  message(STATUS "${why}")
+endfunction()
+
 # mvgpu_library(FOLDER SOURCES a.cc ... DEPS targets ...)
 # The library of one folder: target mvgpu_<folder>, alias mvgpu::<folder> (dashes become underscores).
 function(mvgpu_library folder)

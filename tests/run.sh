@@ -22,6 +22,7 @@ done
 [[ -z $long ]] || export MVGPU_MODEL_STEPS=1000000 MVGPU_FUZZ_ROUNDS=200000 MVGPU_LEDGER_KILLS=5000 \
   MVGPU_HOSTILE_REQUESTS=5000000 MVGPU_MESSAGES=1000000
 
+options=(-DMVGPU_WERROR=ON -DMVGPU_REQUIRE_VULKAN=ON) # what is left out would be tests that nobody misses
 jobs=$(nproc)
 mkdir -p build
 if [[ -n $quick ]]; then
@@ -31,7 +32,7 @@ else
   mvgpu_say "fetching what the test guests need (QEMU, kernels, a userland)"
   tests/vm/fetch.sh
   for preset in asan-ubsan tsan; do
-    mvgpu_build "$preset" -DMVGPU_WERROR=ON
+    mvgpu_build "$preset" "${options[@]}"
     mvgpu_say "unit, conformance and model tests under $preset"
     ctest --preset "$preset" -j "$jobs" -LE 'e2e' --quiet -O "build/$preset.ctest.log" || {
       # What is said about the tests that failed, without the many that passed.
@@ -41,10 +42,10 @@ else
     tail -n 4 "build/$preset.ctest.log"
   done
   # clang finds what g++ does not: locks that are not held where the annotations ask for them.
-  mvgpu_build clang -DMVGPU_WERROR=ON -DMVGPU_BUILD_TESTS=OFF
+  mvgpu_build clang "${options[@]}" -DMVGPU_BUILD_TESTS=OFF
 fi
 
-mvgpu_build release -DMVGPU_WERROR=ON
+mvgpu_build release "${options[@]}"
 if [[ -n $quick ]]; then
   mvgpu_say "all tests but the guests, release preset"
   exec ctest --preset release -j "$jobs" -LE 'e2e'

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cerrno>
+#include <optional>
 
 namespace mvgpu::dma {
 
@@ -27,7 +28,27 @@ std::string Lower(std::string_view text) {
   return lower;
 }
 
+// A PCI address as VulkanDeviceFacts has it; nullopt where the text is none. Domains have four
+// digits, five behind Intel's VMD, eight as nvidia-smi prints them, and may be left out.
+std::optional<std::string> PciAddressIn(std::string_view text) {
+  constexpr std::string_view kPlace = "hh:hh.h";
+  constexpr std::string_view kLongestDomain = "hhhhhhhh:";
+  constexpr size_t kShortestDomain = 5;
+  if (text.size() < kPlace.size()) return std::nullopt;
+  std::string_view domain = text.substr(0, text.size() - kPlace.size());
+  const std::string_view place = text.substr(domain.size());
+  if (!Fits(place, kPlace)) return std::nullopt;
+  if (domain.empty()) return "0000:" + Lower(place);
+  if (domain.size() < kShortestDomain || domain.size() > kLongestDomain.size() ||
+      !Fits(domain, kLongestDomain.substr(kLongestDomain.size() - domain.size()))) {
+    return std::nullopt;
+  }
+  while (domain.size() > kShortestDomain && domain.front() == '0') domain.remove_prefix(1);
+  return Lower(domain) + Lower(place);
+}
+
 std::string Describe(const VulkanDeviceFacts& facts) {
+  if (facts.uuid.empty()) return facts.name;
   return facts.pci.empty() ? fmt::format("{} (uuid {})", facts.name, facts.uuid)
                            : fmt::format("{} (uuid {}, pci {})", facts.name, facts.uuid, facts.pci);
 }
@@ -69,9 +90,9 @@ Result<DeviceChoice> DeviceChoice::Parse(std::string_view text) {
   } else if (Fits(text, "hhhhhhhh-hhhh-hhhh-hhhh-hhhhhhhhhhhh")) {
     choice.by_ = By::kUuid;
     choice.text_ = Lower(text);
-  } else if (Fits(text, "hhhh:hh:hh.h") || Fits(text, "hh:hh.h")) {
+  } else if (auto pci = PciAddressIn(text)) {
     choice.by_ = By::kPci;
-    choice.text_ = (text.size() == 7 ? "0000:" : "") + Lower(text);
+    choice.text_ = *std::move(pci);
   } else {
     choice.by_ = By::kName;
   }

@@ -14,8 +14,8 @@ namespace mvgpu::dma {
 // What a Vulkan device says about itself, as far as a choice depends on it.
 struct VulkanDeviceFacts {
   std::string name;
-  std::string uuid;                                          // 8-4-4-4-12 lower-case digits
-  std::string pci;                                           // 0000:01:00.0; empty: not told
+  std::string uuid;  // 8-4-4-4-12 lower-case digits; empty: not told (Vulkan 1.0)
+  std::string pci;   // 0000:01:00.0; empty: not told
   std::optional<std::pair<uint32_t, uint32_t>> render_node;  // major, minor
   uint32_t api_major = 0;
   uint32_t api_minor = 0;

@@ -41,9 +41,19 @@ std::string UuidText(const uint8_t (&uuid)[VK_UUID_SIZE]) {
   return text;
 }
 
-// Name, identity and where the device sits, as far as it says.
-void AddProperties(const VulkanLoader& loader, VkPhysicalDevice device,
-                   const Extensions& extensions, VulkanDeviceFacts* facts) {
+void AddNameAndVersion(const VulkanLoader& loader, VkPhysicalDevice device,
+                       VulkanDeviceFacts* facts) {
+  VkPhysicalDeviceProperties properties = {};
+  loader.get<PFN_vkGetPhysicalDeviceProperties>("vkGetPhysicalDeviceProperties")(device,
+                                                                                 &properties);
+  facts->name = properties.deviceName;
+  facts->api_major = VK_API_VERSION_MAJOR(properties.apiVersion);
+  facts->api_minor = VK_API_VERSION_MINOR(properties.apiVersion);
+}
+
+// Identity, and where the device sits, as far as it says. REQUIRES: Vulkan 1.1.
+void AddIdentity(const VulkanLoader& loader, VkPhysicalDevice device, const Extensions& extensions,
+                 VulkanDeviceFacts* facts) {
   VkPhysicalDevicePCIBusInfoPropertiesEXT pci = {};
   pci.sType = VK_STRUCTURE_TYPE_PHYSICAL_DEVICE_PCI_BUS_INFO_PROPERTIES_EXT;
   VkPhysicalDeviceDrmPropertiesEXT drm = {};
@@ -62,9 +72,6 @@ void AddProperties(const VulkanLoader& loader, VkPhysicalDevice device,
   properties.pNext = &id;
   loader.get<PFN_vkGetPhysicalDeviceProperties2>("vkGetPhysicalDeviceProperties2")(device,
                                                                                    &properties);
-  facts->name = properties.properties.deviceName;
-  facts->api_major = VK_API_VERSION_MAJOR(properties.properties.apiVersion);
-  facts->api_minor = VK_API_VERSION_MINOR(properties.properties.apiVersion);
   facts->uuid = UuidText(id.deviceUUID);
   if (has_pci) {
     facts->pci = fmt::format("{:04x}:{:02x}:{:02x}.{:x}", pci.pciDomain, pci.pciBus, pci.pciDevice,
@@ -103,9 +110,11 @@ bool ImportsBuffers(const VulkanLoader& loader, VkPhysicalDevice device) {
 
 VulkanDeviceFacts FactsOf(const VulkanLoader& loader, VkPhysicalDevice device) {
   VulkanDeviceFacts facts;
+  AddNameAndVersion(loader, device, &facts);
+  // A device must not be asked what its version does not know.
+  if (facts.api_major == 1 && facts.api_minor < 1) return facts;
   const Extensions extensions(loader, device);
-  AddProperties(loader, device, extensions, &facts);
-  // Before 1.2 the questions below must not be asked.
+  AddIdentity(loader, device, extensions, &facts);
   if (facts.api_major == 1 && facts.api_minor < 2) return facts;
   facts.has_host_import = extensions.contain(VK_EXT_EXTERNAL_MEMORY_HOST_EXTENSION_NAME);
   facts.has_device_address = HasDeviceAddress(loader, device);

@@ -64,6 +64,18 @@ TEST_F(DeviceChoiceTest, ADeviceIsFoundByUuidPciAddressNodeOrName) {
   EXPECT_THAT(Pick("Beta"), IsOkAndHolds(1u));
 }
 
+TEST_F(DeviceChoiceTest, DomainsOfPciAddressesMayBeLong) {
+  EXPECT_THAT(Pick("00000000:01:00.0"), IsOkAndHolds(0u)) << "as nvidia-smi prints it";
+  EXPECT_THAT(Pick("00001:c1:00.1"), IsOkAndHolds(1u));
+  devices_[1].pci = "1000f:c1:00.1";  // behind Intel's VMD
+  EXPECT_THAT(Pick("1000F:c1:00.1"), IsOkAndHolds(1u));
+  EXPECT_THAT(Pick("0001000f:c1:00.1"), IsOkAndHolds(1u));
+  for (const char* text : {"000f:c1:00.1", "2000f:c1:00.1", "00001000f:c1:00.1", "00f:c1:00.1",
+                           ":01:00.0", "1:00.0", "1000g:c1:00.1", "1000fc1:00.1"}) {
+    EXPECT_THAT(Pick(text), FailsWith(ErrorCode::kNotReachable)) << text;
+  }
+}
+
 TEST_F(DeviceChoiceTest, WhatIsLikeAnotherDeviceIsNotMeant) {
   for (const char* text : {"00112233-4455-6677-8899-aabbccddeefe", "c1:00.1", "0000:01:00.1",
                            "/dev/zero", "beta", "7", "Alpha 99"}) {

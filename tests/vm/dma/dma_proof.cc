@@ -53,10 +53,47 @@ void DmaProof::fill(uint64_t iova, uint64_t size, unsigned seed) {
   for (uint64_t i = 0; i < size; ++i) *byte_at(iova + i) = static_cast<std::byte>(seed + i * 29);
 }
 
-// The only place that asks the cache.
+std::vector<std::byte> DmaProof::all_bytes() { return {ram_.bytes().begin(), ram_.bytes().end()}; }
+
+bool DmaProof::is_unchanged(const std::vector<std::byte>& before, std::optional<uint64_t> except) {
+  const std::span<std::byte> now = ram_.bytes();
+  const auto differs = [&](size_t from, size_t to) {
+    return std::memcmp(now.data() + from, before.data() + from, to - from) != 0;
+  };
+  const size_t page = except ? OffsetOf(*except & ~kPageMask) : 0;
+  const size_t behind = except ? page + kPageSize : 0;
+  return !differs(0, page) && !differs(behind, now.size());
+}
+
 DeviceUse DmaProof::use(uint64_t iova, uint64_t size) {
-  return {
-      facts_.must("cache", (*user_)->map(MakeRange(iova, size), dma::Direction::kBidirectional))};
+  return facts_.must("cache", try_use(iova, size));
+}
+
+// The only place that asks the cache.
+Result<DeviceUse> DmaProof::try_use(uint64_t iova, uint64_t size) {
+  MVGPU_ASSIGN_OR_RETURN(dma::DmaMapping mapping,
+                         (*user_)->map(MakeRange(iova, size), dma::Direction::kBidirectional));
+  return DeviceUse{std::move(mapping)};
+}
+
+void DmaProof::take_away(const DeviceUse& use, uint64_t iova, uint64_t size,
+                         std::string_view what) {
+  const auto check = [&](std::string_view fact, bool is_true) {
+    facts_.check(fmt::format("{}: {}", what, fact), is_true);
+  };
+  user_->told.clear();
+  check("before, the mapping is valid", use.mapping.is_valid());
+  const uint64_t gone =
+      facts_.must(fmt::format("{}: unmap", what), container_.unmap(Iova(iova), size));
+  check("all of it was unmapped", gone == size);
+  check("the user was told, once", user_->told == std::vector{MakeRange(iova, size)});
+  check("the mapping is not valid any more", !use.mapping.is_valid());
+  std::byte byte;
+  const auto read = use.mapping.read(Iova(iova), {&byte, 1});
+  check("nothing is read through it", !read && read.error().code() == ErrorCode::kRevoked);
+  const auto refused = try_use(iova, size);
+  check("a new use says that nothing is mapped",
+        !refused && refused.error().code() == ErrorCode::kNotMapped);
 }
 
 void DmaProof::check_copies() {

@@ -86,15 +86,26 @@ class DmaProof {
   // REQUIRES: the use has it in one run.
   void check_crossing(const DeviceUse& use);
 
+  // Must work; try_use() may fail.
   DeviceUse use(uint64_t iova, uint64_t size);
+  Result<DeviceUse> try_use(uint64_t iova, uint64_t size);
   void map_low_half(uint64_t half);
+  // The VMM takes [iova, iova + size) away, in which `use` has pages: the cache's user hears of
+  // exactly that, `use` is no good any more, and the memory cannot be used.
+  void take_away(const DeviceUse& use, uint64_t iova, uint64_t size, std::string_view what);
   domain::Container& container() { return container_; }
   // Of this process, as the domain says.
   uint64_t locked_pages() const { return domain_->counters().locked_pages; }
+  uint64_t pinned_pages() const { return domain_->counters().unique_pages; }
   // This guest's own view of a byte at an IOVA.
   std::byte* byte_at(uint64_t iova) { return ram_.at(OffsetOf(iova)); }
   std::vector<std::byte> bytes_at(uint64_t iova, uint64_t size);
   void fill(uint64_t iova, uint64_t size, unsigned seed);
+  // All of guest memory, for a comparison later.
+  std::vector<std::byte> all_bytes();
+  // Whether all of guest memory is as it was, but for the page of `except`, if there is one.
+  bool is_unchanged(const std::vector<std::byte>& before,
+                    std::optional<uint64_t> except = std::nullopt);
 
  private:
   static uint64_t OffsetOf(uint64_t iova);

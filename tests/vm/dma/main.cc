@@ -4,10 +4,9 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
-#include <chrono>
 #include <string>
-#include <thread>
 
 #include "apionly-domain/assigned/assigned_domain.h"
 #include "apionly-domain/assigned/assigned_space.h"
@@ -27,13 +26,19 @@ namespace {
 class FaultLog {
  public:
   FaultLog() : fd_(open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC)) { Read(); }
-  // Whether a fault at this address is logged, or comes soon.
-  bool has_fault_at(DmaAddr address) {
+  // Only what comes from now on counts.
+  void forget() {
+    Read();
+    log_.clear();
+  }
+  // Whether a fault at this address is logged. The kernel logs only some of them in 5 s, so the
+  // device tries to read there until one is.
+  bool has_fault_at(DmaAddr address, Facts& facts, EduDevice& edu) {
     const std::string wanted = fmt::format("fault addr {:#x} ", address.value() & ~kPageMask);
-    for (int tries = 0; tries < 200; ++tries) {
+    for (int tries = 0; tries < 100; ++tries) {
       Read();
       if (log_.find(wanted) != std::string::npos) return true;
-      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+      facts.must("load", edu.load(address, kPageSize));  // takes 100 ms
     }
     return false;
   }
@@ -62,19 +67,37 @@ void CheckOutOfReach(Facts& facts, DmaProof& proof, EduDevice& edu, FaultLog& fa
   const DeviceUse shelf = proof.use(DmaProof::kHigh, 2 * kPageSize);
   const uint64_t known = DmaProof::kHigh;
   const uint64_t seen = DmaProof::kHigh + kPageSize;
+  faults.forget();
   proof.fill(known, kPageSize, 200);
   proof.fill(iova, kPageSize, 100);
-  const auto secret = proof.bytes_at(iova, kPageSize);
+  const auto before = proof.all_bytes();
   facts.must("load", edu.load(shelf.at(known), kPageSize));
   facts.must("store", edu.store(address, kPageSize));
-  facts.check(fmt::format("{}: a write at device {:#x} changes nothing", what, address.value()),
-              proof.bytes_at(iova, kPageSize) == secret);
+  facts.check(fmt::format("{}: a write at device {:#x} changes no byte of the guest", what,
+                          address.value()),
+              proof.is_unchanged(before));
   facts.must("load", edu.load(address, kPageSize));
   facts.must("store", edu.store(shelf.at(seen), kPageSize));
   facts.check(fmt::format("{}: a read at device {:#x} brings nothing", what, address.value()),
               proof.bytes_at(seen, kPageSize) != proof.bytes_at(iova, kPageSize));
+  facts.check(fmt::format("{}: nothing else has changed", what), proof.is_unchanged(before, seen));
   facts.check(fmt::format("{}: the kernel logged the fault at {:#x}", what, address.value()),
-              faults.has_fault_at(address));
+              faults.has_fault_at(address, facts, edu));
+}
+
+// What the device has in its buffer goes where a new use of the page says; the bytes, and no
+// others.
+void CheckReached(Facts& facts, DmaProof& proof, EduDevice& edu, const DeviceUse& use,
+                  uint64_t iova, unsigned seed, std::string_view what) {
+  const DeviceUse shelf = proof.use(DmaProof::kHigh, kPageSize);
+  proof.fill(DmaProof::kHigh, kPageSize, seed);
+  proof.fill(iova, kPageSize, seed + 1);
+  const auto sent = proof.bytes_at(DmaProof::kHigh, kPageSize);
+  const auto before = proof.all_bytes();
+  facts.must("load", edu.load(shelf.at(DmaProof::kHigh), kPageSize));
+  facts.must("store", edu.store(use.at(iova), kPageSize));
+  facts.check(fmt::format("{} is reached", what),
+              proof.bytes_at(iova, kPageSize) == sent && proof.is_unchanged(before, iova));
 }
 
 void CheckRevocation(Facts& facts, DmaProof& proof, EduDevice& edu, FaultLog& faults) {
@@ -82,22 +105,17 @@ void CheckRevocation(Facts& facts, DmaProof& proof, EduDevice& edu, FaultLog& fa
   const uint64_t gone = DmaProof::kLow + 5 * kPageSize;
   const uint64_t stays = DmaProof::kLow + DmaProof::kLowHalf + 5 * kPageSize;
   const DmaAddr old_address = low.at(gone);
-  facts.must("unmap", proof.container().unmap(Iova(DmaProof::kLow), DmaProof::kLowHalf));
+  proof.take_away(low, DmaProof::kLow, DmaProof::kLowHalf, "revoked");
   CheckOutOfReach(facts, proof, edu, faults, old_address, gone, "revoked");
+  facts.say("fault", faults.first_line());
   // The other half of the same mapping of the IOMMU is where it was.
-  proof.fill(stays, kPageSize, 50);
-  const auto sent = proof.bytes_at(stays, kPageSize);
-  const DeviceUse shelf = proof.use(DmaProof::kHigh, kPageSize);
-  facts.must("load", edu.load(low.at(stays), kPageSize));
-  facts.must("store", edu.store(shelf.at(DmaProof::kHigh), kPageSize));
-  facts.check("what was not revoked is still reached",
-              proof.bytes_at(DmaProof::kHigh, kPageSize) == sent);
+  CheckReached(facts, proof, edu, low, stays, 50, "what was not revoked");
   // The VMM brings the memory back: a new use works, the old address stays dead.
   proof.map_low_half(0);
   const DeviceUse again = proof.use(gone, kPageSize);
   facts.check("memory that came back has another address", again.at(gone) != old_address);
-  facts.must("store", edu.store(again.at(gone), kPageSize));
-  facts.check("memory that came back is reached", proof.bytes_at(gone, kPageSize) == sent);
+  CheckReached(facts, proof, edu, again, gone, 60, "memory that came back");
+  CheckOutOfReach(facts, proof, edu, faults, old_address, gone, "came back elsewhere");
 }
 
 void CheckReadOnly(Facts& facts, DmaProof& proof, EduDevice& edu, domain::AssignedSpace& space) {
@@ -114,8 +132,39 @@ void CheckReadOnly(Facts& facts, DmaProof& proof, EduDevice& edu, domain::Assign
   space.flush();
 }
 
+// The cache's pages are at the assigned device's own addresses. The VMM takes that memory away all
+// the same, and brings it back.
+void CheckSharedRevocation(Facts& facts, DmaProof& proof, EduDevice& edu, FaultLog& faults,
+                           const domain::AssignedDomain& assigned) {
+  const auto check_locked = [&facts](std::string_view step, uint64_t pages) {
+    const uint64_t counted = KernelLockedPages();
+    facts.check(fmt::format("shared: {}: VmLck is {} of {} pages", step, counted, pages),
+                counted == pages);
+  };
+  constexpr uint64_t kHalf = PagesIn(DmaProof::kLowHalf);
+  constexpr uint64_t kMapped = 2 * kHalf + DmaProof::kHighPages;  // for the device
+  const uint64_t gone = DmaProof::kLow + 5 * kPageSize;
+  check_locked("nothing is used", kMapped);
+  DeviceUse low = proof.use(DmaProof::kLow, DmaProof::kLowHalf);
+  facts.check("an assigned device's address is the guest's", low.at(gone) == DmaAddr(gone));
+  facts.check("the cache uses the assigned device's addresses", assigned.used_pages() == kHalf);
+  check_locked("16 are used", kMapped + kHalf);  // locked by the pin, too
+  proof.take_away(low, DmaProof::kLow, DmaProof::kLowHalf, "shared");
+  facts.check("shared: nobody uses the addresses any more", assigned.used_pages() == 0);
+  check_locked("16 are gone", kMapped - kHalf);
+  CheckOutOfReach(facts, proof, edu, faults, DmaAddr(gone), gone, "shared");
+  low.mapping.reset();
+  proof.map_low_half(0);
+  const DeviceUse again = proof.use(gone, kPageSize);
+  facts.check("shared: memory that came back has the guest's address",
+              again.at(gone) == DmaAddr(gone));
+  CheckReached(facts, proof, edu, again, gone, 70, "shared: memory that came back");
+  check_locked("one is used again", kMapped + 1);
+}
+
 // An assigned device sees guest memory where the VMM put it, and the mapper uses these addresses.
-void CheckAssignedDomain(Facts& facts, domain::AssignedSpace& space, EduDevice& edu) {
+void CheckAssignedDomain(Facts& facts, domain::AssignedSpace& space, EduDevice& edu,
+                         FaultLog& faults) {
   const auto assigned =
       facts.must("assigned", domain::AssignedDomain::Create({.name = "edu"}, &space, nullptr));
   dma::IommuMapper mapper(&space, assigned.get());
@@ -124,10 +173,9 @@ void CheckAssignedDomain(Facts& facts, domain::AssignedSpace& space, EduDevice& 
     facts.must("attach", proof.container().attach(assigned.get()));
     {
       const DeviceUse low = proof.use(DmaProof::kLow, DmaProof::kLowHalf);
-      facts.check("an assigned device's address is the guest's",
-                  low.at(DmaProof::kLow) == DmaAddr(DmaProof::kLow));
       proof.check_copies();
     }
+    CheckSharedRevocation(facts, proof, edu, faults, *assigned);
     facts.must("detach", proof.container().detach(assigned.get()));
   }
   facts.check("nothing is shared any more", assigned->used_pages() == 0);
@@ -193,13 +241,54 @@ int ProveIommu(Facts& facts) {
     CheckReadOnly(facts, proof, *edu, space);
     CheckRevocation(facts, proof, *edu, faults);
   }
-  facts.say("fault", faults.first_line());
-  CheckAssignedDomain(facts, space, *edu);
+  CheckAssignedDomain(facts, space, *edu, faults);
   CheckCountedOnce(facts, space, *edu);
   CheckNoIommufd(facts, pci);
   facts.check("the iommu has no mappings left", space.counters().mappings == 0);
   facts.check("nothing is locked any more", KernelLockedPages() == 0);
   return facts.exit_code();
+}
+
+// Nothing stands between such a device and memory, so an old address is not out of its reach. But
+// the user knows, nothing is held for it any more, and other memory is found where it is.
+void CheckPhysicalRevocation(Facts& facts, DmaProof& proof, EduDevice& edu) {
+  DeviceUse low = proof.use(DmaProof::kLow, 2 * DmaProof::kLowHalf);
+  const uint64_t gone = DmaProof::kLow + 5 * kPageSize;
+  const uint64_t stays = DmaProof::kLow + DmaProof::kLowHalf + 5 * kPageSize;
+  const auto check_pinned = [&](std::string_view step, uint64_t pages) {
+    const uint64_t counted = KernelPinnedPages();
+    facts.check(fmt::format("physical: {}: VmPin is {} of {} pages, the domain says {}", step,
+                            counted, pages, proof.pinned_pages()),
+                counted == pages && proof.pinned_pages() == pages);
+  };
+  const DmaAddr old_address = low.at(gone);
+  check_pinned("32 are used", 32);
+  proof.take_away(low, DmaProof::kLow, DmaProof::kLowHalf, "physical");
+  check_pinned("16 are revoked", 16);
+  CheckReached(facts, proof, edu, low, stays, 50, "physical: what was not revoked");
+  low.mapping.reset();
+  check_pinned("none is used", 0);
+  {
+    // Other memory at the same IOVA has its own address; what was there before is left alone.
+    GuestRam other(DmaProof::kLowHalf);
+    other.fill_pattern();
+    facts.must("map other memory",
+               proof.container().map(other.map_request(DmaProof::kLow, 0, other.size())));
+    const DeviceUse use = proof.use(DmaProof::kLow, DmaProof::kLowHalf);
+    facts.check("physical: other memory has another address", use.at(gone) != old_address);
+    const auto before = proof.all_bytes();
+    const auto wanted = proof.bytes_at(stays, kPageSize);  // still in the device's buffer
+    facts.must("store", edu.store(use.at(gone), kPageSize));
+    facts.check("physical: other memory is reached, and no byte of what was there before",
+                std::equal(wanted.begin(), wanted.end(), other.at(5 * kPageSize)) &&
+                    proof.is_unchanged(before));
+    proof.take_away(use, DmaProof::kLow, DmaProof::kLowHalf, "physical, other memory");
+  }
+  check_pinned("other memory is revoked", 0);
+  proof.map_low_half(0);
+  const DeviceUse again = proof.use(DmaProof::kLow, DmaProof::kLowHalf);
+  CheckReached(facts, proof, edu, again, gone, 60, "physical: memory that came back");
+  check_pinned("16 are used again", 16);
 }
 
 int ProvePhysical(Facts& facts) {
@@ -209,11 +298,15 @@ int ProvePhysical(Facts& facts) {
   {
     auto pins = facts.must("pins", domain::MakeIoUringPinBackend());
     DmaProof proof(&facts, std::move(pins), mapper.get(), edu.get());
-    const DeviceUse low = proof.use(DmaProof::kLow, 2 * DmaProof::kLowHalf);
-    facts.say("runs-of-32-pages", low.mapping.runs().size());
-    facts.say("first-address", fmt::format("{:#x}", low.at(DmaProof::kLow).value()));
-    proof.check_copies();
+    {
+      const DeviceUse low = proof.use(DmaProof::kLow, 2 * DmaProof::kLowHalf);
+      facts.say("runs-of-32-pages", low.mapping.runs().size());
+      facts.say("first-address", fmt::format("{:#x}", low.at(DmaProof::kLow).value()));
+      proof.check_copies();
+    }
+    CheckPhysicalRevocation(facts, proof, *edu);
   }
+  facts.check("nothing is pinned any more", KernelPinnedPages() == 0);
   return facts.exit_code();
 }
 
