@@ -163,10 +163,11 @@ bool DmaUser::MapHits(const Batch& batch, std::optional<uint64_t>* epoch, uint64
 void DmaUser::EnterLocked(const Batch& batch, uint64_t pages) {
   const bool for_write = IsForWrite(batch.direction);
   Counters& counters = CountsLocked(for_write).dense();
+  RecentHolds& recent = RecentLocked(for_write);
   ForEachBit(pages, [&](size_t i) {
     const uint64_t page = batch.pages[i].page();
     if (!counters.try_remove_one(page)) return;  // a run holds it
-    if (!RecentLocked(for_write).enter(page, batch.addresses[i])) counters.try_add_one(page);
+    if (!recent.enter(page, batch.addresses[i])) counters.try_add_one(page);
   });
 }
 
