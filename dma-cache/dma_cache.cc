@@ -49,6 +49,7 @@ std::vector<Iova> DmaCache::iovas_of(DmaAddr address) const {
   std::vector<Iova> iovas;
   ReaderMutexLock lock(mutex_);
   reverse_.for_each(address.page(), [&](uint64_t page) {
+    if ((table_.find(page).flags() & Table::kGoing) != 0) return;
     iovas.emplace_back(BytesIn(page) | address.offset_in_page());
   });
   return iovas;

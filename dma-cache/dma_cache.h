@@ -81,7 +81,7 @@ class DmaCache final : public domain::PinOwner {
   // stays true as long as the caller holds the page.
   std::optional<DmaAddr> address_of(Iova iova) const;
   // The IOVAs that have this device address, in no order; several where the VMM shows a page of
-  // memory several times and the mapper gave the same address.
+  // memory several times and the mapper gave the same address. Without those about to be revoked.
   std::vector<Iova> iovas_of(DmaAddr address) const;
 
   // Asks the mapper whether what is cached is still where it was, and revokes what moved. Returns

@@ -6,6 +6,7 @@
 
 #include <bit>
 #include <cerrno>
+#include <cstring>
 
 #include "apionly-domain/base/address.h"
 
@@ -15,6 +16,12 @@ static_assert(sizeof(Pagemap::Entry) == sizeof(uint64_t));  // as the kernel wri
 
 Result<Pagemap> Pagemap::Open(const std::string& path) {
   UniqueFd fd(open(path.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!fd.is_valid() && (errno == EACCES || errno == EPERM)) {
+    return Fail(ErrorCode::kPermission,
+                fmt::format("this process may not open {} for host physical addresses ({}); run it "
+                            "with CAP_SYS_ADMIN of the host, or use --dma=iommu",
+                            path, std::strerror(errno)));
+  }
   if (!fd.is_valid()) {
     return FailSystem(errno, fmt::format("open of {} for host physical addresses", path));
   }

@@ -28,7 +28,7 @@ class Pagemap {
     uint64_t word_ = 0;
   };
 
-  // Errors: kSystem.
+  // Errors: kPermission when this process may not open it, kSystem.
   static Result<Pagemap> Open(const std::string& path);
 
   // The entries of the pages from `host` on, with one system call. Errors: kSystem.

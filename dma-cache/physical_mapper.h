@@ -31,7 +31,8 @@ namespace mvgpu::dma {
 class PhysicalMapper final : public Mapper {
  public:
   // Errors: kPermission when the kernel hides page frame numbers from this process (it lacks
-  // CAP_SYS_ADMIN in the first user namespace); kSystem when there is no pagemap.
+  // CAP_SYS_ADMIN in the first user namespace) or does not let it open its pagemap; kSystem when
+  // there is none.
   static Result<std::unique_ptr<PhysicalMapper>> Create(
       const std::string& pagemap_path = "/proc/self/pagemap");
 

@@ -1,6 +1,7 @@
 #include "apionly-domain/assigned/assigned_space.h"
 
 #include <algorithm>
+#include <bit>
 #include <iterator>
 #include <utility>
 
@@ -16,14 +17,35 @@ AssignedSpace::~AssignedSpace() {
   MVGPU_CHECK(pieces_.empty() && taken_pages_ == 0);
 }
 
+namespace {
+
+// What would lie in front of the longest run if all of the row were host memory: where the row is
+// congruent to that, this run's large pages stay large, wherever in the row it is.
+const std::byte* StartForLongest(std::span<const AssignedSpace::HostRun> runs) {
+  const AssignedSpace::HostRun* longest = &runs.front();
+  uint64_t before = 0;  // bytes in front of the run, and of the longest
+  uint64_t before_longest = 0;
+  for (const AssignedSpace::HostRun& run : runs) {
+    if (run.size > longest->size) {
+      longest = &run;
+      before_longest = before;
+    }
+    before += run.size;
+  }
+  return std::bit_cast<const std::byte*>(std::bit_cast<uint64_t>(longest->host) - before_longest);
+}
+
+}  // namespace
+
 Result<IovaRange> AssignedSpace::map(std::span<const HostRun> runs, Access access) {
   uint64_t size = 0;
   for (const HostRun& run : runs) size += run.size;
+  const std::byte* const host = StartForLongest(runs);
   MutexLock lock(mutex_);
-  auto range = iovas_.allocate(size, runs.front().host);
+  auto range = iovas_.allocate(size, host);
   if (!range && !unflushed_.empty()) {
     FlushLocked();
-    range = iovas_.allocate(size, runs.front().host);
+    range = iovas_.allocate(size, host);
   }
   if (!range) return range;
   uint64_t page = range->start().page();

@@ -52,7 +52,8 @@ class AssignedSpace {
   // REQUIRES: everything is unmapped.
   ~AssignedSpace();
 
-  // Shows the runs to the device in a row, at IOVAs that nobody has. Errors: kLimit (also: no room
+  // Shows the runs to the device in a row, at IOVAs that nobody has, such that the longest of them
+  // keeps its large pages if there is such a place. Errors: kLimit (also: no room
   // for all of them in one piece), those of AssignedIommu::map(); nothing is mapped then.
   Result<IovaRange> map(std::span<const HostRun> runs, Access access);
   // The same at given IOVAs. Also kOverlap, kNotReachable as IovaAllocator::reserve().

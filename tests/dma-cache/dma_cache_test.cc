@@ -126,7 +126,7 @@ TEST_F(DmaCacheTest, TwoMibOverCachedPagesMapsOnlyTheRest) {
   EXPECT_EQ(UniquePins(), kTwoMib);
 }
 
-// KVMGT forgot the users of a page when it was asked for in another size.
+// KVMGT forgot the users of a page when it was asked for in another size (kernel-anchors #22).
 TEST_F(DmaCacheTest, AnotherSizeKeepsTheCountsOfThePage) {
   ASSERT_THAT(MapRam(kTwoMib, 0, kTwoMib), IsOk());
   std::vector<DmaMapping> small;
@@ -359,7 +359,7 @@ TEST_F(DmaCacheTest, APinFailureAtAnyStepRollsBack) {
 }
 
 // GVT-g's split of 2 MiB into pages freed the pages before a failure twice; another path not at
-// all.
+// all (kernel-anchors #17, #18; all 512 pages: kvmgt_test.cc).
 TEST_F(DmaCacheTest, EveryPageOfASplitThatFailsIsReleasedOnce) {
   MapScattered(200, 64);
   std::vector<uint64_t> pages;
@@ -675,7 +675,7 @@ TEST_F(DmaCacheTest, LookupsGoBothWays) {
   EXPECT_THAT(cache_->iovas_of(*address), ElementsAre());
 }
 
-// GVT-g's index by dma address returned the wrong one of two such pages.
+// GVT-g's index by dma address returned the wrong one of two such pages (kernel-anchors #23).
 TEST_F(DmaCacheTest, TwoGuestPagesWithOneDmaAddressAreKeptApart) {
   mapper_.addresses = Addresses::kHost;
   ASSERT_THAT(MapRam(200, 0, 4), IsOk());  // the same memory as at 0

@@ -3,14 +3,23 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
 
+#include "apionly-domain/api_only_domain.h"
 #include "apionly-domain/assigned/software_iommu.h"
 #include "apionly-domain/assigned/type1_container.h"
 #include "apionly-domain/container.h"
+#include "dma-cache/dma_cache.h"
+#include "tests/fakes/dma_party.h"
+#include "tests/fakes/fake_pin_backend.h"
 #include "tests/fakes/fake_vfio_kernel.h"
 #include "tests/fakes/guest_ram.h"
 #include "tests/fakes/result_matchers.h"
@@ -151,6 +160,141 @@ TEST_F(IommuMapperTest, WhatTheKernelRefusesLeavesNothingBehind) {
   EXPECT_EQ(Figure("lost_pages"), 0u);
 }
 
+// The search for an address begins anew at the top; what is in use, or not flushed yet, is passed.
+TEST_F(IommuMapperTest, WhereTheAddressesWrappedNoneIsHandedOutTwice) {
+  auto kernel = std::make_shared<FakeVfioKernel::State>();
+  kernel->ranges = {{0x10000, 0x1ffff}};  // 16 pages
+  auto container = domain::Type1Container::Create("7", std::make_unique<FakeVfioKernel>(kernel));
+  ASSERT_THAT(container, IsOk());
+  Start(std::move(*container));
+  std::deque<MappedRun> held;
+  std::map<DmaAddr, int> times;
+  const auto give_back = [&](size_t i) {
+    mapper_->unmap(held[i].address, held[i].iova.size());
+    held.erase(held.begin() + static_cast<std::ptrdiff_t>(i));
+  };
+  for (uint64_t i = 0; i < 200; ++i) {
+    const uint64_t pages = 1 + i % 3;
+    ASSERT_THAT(Map({Run(100 + 4 * i, i % 60, pages)}), IsOk()) << i;
+    const MappedRun fresh = mapped_.back();
+    mapped_.clear();
+    for (const MappedRun& other : held) {
+      EXPECT_TRUE(fresh.address + fresh.iova.size() <= other.address ||
+                  other.address + other.iova.size() <= fresh.address)
+          << i;
+    }
+    for (uint64_t page = 0; page < pages; ++page) ++times[fresh.address + BytesIn(page)];
+    held.push_back(fresh);
+    while (held.size() > 3) give_back(i * 5 % held.size());
+    if (i % 4 == 0) mapper_->flush();
+  }
+  EXPECT_GT(times.size(), 12u);
+  for (const auto& [address, count] : times) EXPECT_GT(count, 5) << address.value();
+  while (!held.empty()) give_back(0);
+  mapper_->flush();
+}
+
+// Memory of which 2 MiB begin where a page of 2 MiB could.
+class LargePagesTest : public IommuMapperTest {
+ protected:
+  static constexpr uint64_t kTwoMib = 512;  // pages
+
+  static uint64_t FirstAligned(const std::byte* host) {
+    return (kTwoMib - PagesIn(std::bit_cast<uint64_t>(host)) % kTwoMib) % kTwoMib;
+  }
+  PinnedRun LargeRun(uint64_t iova_page, uint64_t ram_page, uint64_t pages) {
+    return {MakeRange(BytesIn(iova_page), BytesIn(pages)), large_.at(BytesIn(ram_page))};
+  }
+  std::array<uint64_t, 3> PageCounts() const { return iommu_->counters().pages; }
+
+  GuestRam large_{(4 * kTwoMib) * kPageSize};
+  const uint64_t aligned_ = FirstAligned(large_.at(0));
+};
+
+TEST_F(LargePagesTest, LargePagesStayLarge) {
+  ASSERT_THAT(Map({LargeRun(100, aligned_, kTwoMib)}), IsOk());
+  EXPECT_EQ(PageCounts(), (std::array<uint64_t, 3>{0, 1, 0}));
+  UnmapAll();
+  // Also what begins and ends beside one, behind addresses that are not aligned any more.
+  ASSERT_THAT(Map({Run(50, 3, 1)}), IsOk());
+  ASSERT_THAT(Map({LargeRun(100, aligned_ + kTwoMib - 3, kTwoMib + 10)}), IsOk());
+  EXPECT_EQ(PageCounts(), (std::array<uint64_t, 3>{1 + 3 + 7, 1, 0}));
+  UnmapAll();
+}
+
+TEST_F(LargePagesTest, LargePagesStayLargeWhereverInARowTheyAre) {
+  ASSERT_THAT(Map({Run(99, 5, 1), LargeRun(100, aligned_, kTwoMib)}), IsOk());
+  EXPECT_EQ(mapped_.size(), 1u);
+  EXPECT_EQ(PageCounts(), (std::array<uint64_t, 3>{1, 1, 0}));
+  UnmapAll();
+  const uint64_t second = aligned_ + kTwoMib;
+  ASSERT_THAT(Map({Run(97, 5, 2), Run(99, 9, 7), LargeRun(106, second, kTwoMib), Run(618, 1, 30)}),
+              IsOk());
+  EXPECT_EQ(mapped_.size(), 1u);
+  EXPECT_EQ(PageCounts(), (std::array<uint64_t, 3>{2 + 7 + 30, 1, 0}));
+  EXPECT_EQ(See(mapped_[0].address + BytesIn(9 + 77)), large_.at(BytesIn(second + 77)));
+  EXPECT_EQ(See(mapped_[0].address + BytesIn(8)), ram_.at(BytesIn(15)));
+  UnmapAll();
+}
+
+// With the VMM's memory, a domain and a cache in front of the mapper.
+class CachedLargePagesTest : public LargePagesTest {
+ protected:
+  void SetUp() override {
+    LargePagesTest::SetUp();
+    auto domain = domain::ApiOnlyDomain::Create(
+        {}, std::make_unique<testing::FakePinBackend>(pins_), nullptr, nullptr);
+    ASSERT_THAT(domain, IsOk());
+    domain_ = std::move(*domain);
+    ASSERT_THAT(container_.attach(domain_.get()), IsOk());
+    ASSERT_THAT(container_.map(large_.map_request(BytesIn(4096), 0, BytesIn(2048))), IsOk());
+    host_ = container_.mappings().front().file->host_address(0);
+    cache_.emplace(domain_.get(), &*mapper_);
+    user_.emplace(&*cache_);
+  }
+  void TearDown() override {
+    user_.reset();
+    cache_.reset();
+    ASSERT_THAT(container_.detach(domain_.get()), IsOk());
+    EXPECT_EQ(iommu_->counters().mappings, 0u);
+  }
+  Result<DmaMapping> Use(uint64_t page, uint64_t count) {
+    return (*user_)->map_contiguous(MakeRange(BytesIn(page), BytesIn(count)),
+                                    Direction::kBidirectional);
+  }
+
+  std::shared_ptr<testing::FakePinBackend::State> pins_ =
+      std::make_shared<testing::FakePinBackend::State>();
+  domain::Container container_;
+  std::unique_ptr<domain::ApiOnlyDomain> domain_;
+  std::byte* host_ = nullptr;  // of the file's first page, in the domain's view
+  std::optional<DmaCache> cache_;
+  std::optional<testing::DmaParty> user_;
+};
+
+TEST_F(CachedLargePagesTest, LargePagesStayLarge) {
+  const uint64_t first = FirstAligned(host_);
+  auto use = Use(4096 + first, kTwoMib);
+  ASSERT_THAT(use, IsOk());
+  ASSERT_EQ(use->runs().size(), 1u);
+  EXPECT_EQ(PageCounts(), (std::array<uint64_t, 3>{0, 1, 0}));
+  EXPECT_EQ(See(use->runs()[0].address + 0x12345), host_ + BytesIn(first) + 0x12345);
+}
+
+TEST_F(CachedLargePagesTest, LargePagesStayLargeBehindAPageThatLiesElsewhere) {
+  const uint64_t first = FirstAligned(host_);
+  const uint64_t iova_page = 9001;
+  ASSERT_THAT(container_.map(large_.map_request(BytesIn(iova_page), BytesIn(first + 700), 0x1000)),
+              IsOk());
+  ASSERT_THAT(
+      container_.map(large_.map_request(BytesIn(iova_page + 1), BytesIn(first), BytesIn(kTwoMib))),
+      IsOk());
+  auto use = Use(iova_page, 1 + kTwoMib);
+  ASSERT_THAT(use, IsOk());
+  ASSERT_EQ(use->runs().size(), 1u);
+  EXPECT_EQ(PageCounts(), (std::array<uint64_t, 3>{1, 1, 0}));
+}
+
 // Beside a device that sees the VM's memory already.
 class SharedIommuMapperTest : public IommuMapperTest {
  protected:
@@ -227,6 +371,69 @@ TEST_F(SharedIommuMapperTest, TheDeviceKeepsItsViewWhenTheMapperLetsGo) {
   EXPECT_EQ(See(DmaAddr(BytesIn(103))), host_ + BytesIn(11));
   EXPECT_EQ(Figure("shared_pages"), 0u);
 }
+
+// The domain with the pins may join before the assigned device's or behind it.
+class SharedCacheTest : public IommuMapperTest, public ::testing::WithParamInterface<bool> {
+ protected:
+  void SetUp() override {
+    IommuMapperTest::SetUp();
+    auto assigned = domain::AssignedDomain::Create({.name = "nic"}, &*space_, /*ledger=*/nullptr);
+    ASSERT_THAT(assigned, IsOk());
+    assigned_ = std::move(*assigned);
+    auto domain = domain::ApiOnlyDomain::Create(
+        {}, std::make_unique<testing::FakePinBackend>(pins_), nullptr, nullptr);
+    ASSERT_THAT(domain, IsOk());
+    domain_ = std::move(*domain);
+    if (GetParam()) {
+      ASSERT_THAT(container_.attach(domain_.get()), IsOk());
+    }
+    ASSERT_THAT(container_.attach(assigned_.get()), IsOk());
+    if (!GetParam()) {
+      ASSERT_THAT(container_.attach(domain_.get()), IsOk());
+    }
+    mapper_.emplace(&*space_, assigned_.get());
+    ASSERT_THAT(container_.map(ram_.map_request(BytesIn(100), BytesIn(8), BytesIn(8))), IsOk());
+    ASSERT_THAT(container_.map(ram_.map_request(BytesIn(108), BytesIn(16), BytesIn(8))), IsOk());
+  }
+  void TearDown() override {
+    ASSERT_THAT(container_.detach(domain_.get()), IsOk());
+    ASSERT_THAT(container_.detach(assigned_.get()), IsOk());
+  }
+
+  std::shared_ptr<testing::FakePinBackend::State> pins_ =
+      std::make_shared<testing::FakePinBackend::State>();
+  domain::Container container_;
+  std::unique_ptr<domain::AssignedDomain> assigned_;
+  std::unique_ptr<domain::ApiOnlyDomain> domain_;
+};
+
+TEST_P(SharedCacheTest, MemoryThatTheVmmTakesAwayIsOutOfTheDevicesReachWhoeverUsedItsAddress) {
+  DmaCache cache(domain_.get(), &*mapper_);
+  testing::DmaParty party(&cache);
+  auto use = party->map(MakeRange(BytesIn(104), BytesIn(8)), Direction::kBidirectional);
+  ASSERT_THAT(use, IsOk());
+  ASSERT_EQ(use->runs().size(), 1u);
+  EXPECT_EQ(use->runs()[0].address, DmaAddr(BytesIn(104)));
+  EXPECT_EQ(assigned_->used_pages(), 8u);
+  ASSERT_NE(See(DmaAddr(BytesIn(105)), Access::kWrite), nullptr);
+  party.when_told = [&](IovaRange) { EXPECT_EQ(assigned_->used_pages(), 8u); };
+  ASSERT_THAT(container_.unmap(Iova(BytesIn(100)), BytesIn(8)), IsOk());
+  EXPECT_EQ(party.told, std::vector{MakeRange(BytesIn(100), BytesIn(8))});
+  EXPECT_FALSE(use->is_valid());
+  EXPECT_EQ(assigned_->used_pages(), 4u);  // of the neighbour, which stays
+  for (uint64_t page = 100; page < 108; ++page) EXPECT_EQ(See(DmaAddr(BytesIn(page))), nullptr);
+  for (uint64_t page = 108; page < 116; ++page) EXPECT_NE(See(DmaAddr(BytesIn(page))), nullptr);
+  party.when_told = nullptr;
+  ASSERT_THAT(container_.unmap(Iova(BytesIn(108)), BytesIn(8)), IsOk());
+  EXPECT_EQ(assigned_->used_pages(), 0u);
+  EXPECT_EQ(iommu_->counters().mappings, 0u);
+  EXPECT_TRUE(pins_->pages.empty());
+  EXPECT_EQ(See(DmaAddr(BytesIn(109)), Access::kWrite), nullptr);
+  EXPECT_EQ(cache.counters().cached_pages, 0u);
+  use->reset();
+}
+
+INSTANTIATE_TEST_SUITE_P(PinsFirst, SharedCacheTest, ::testing::Bool());
 
 }  // namespace
 }  // namespace mvgpu::dma

@@ -1,16 +1,23 @@
 #include "dma-cache/physical_mapper.h"
 
 #include <fcntl.h>
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <linux/capability.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <array>
 #include <bit>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <utility>
@@ -150,6 +157,61 @@ TEST_F(FakedPagemapTest, APageThatMovesIsNotCurrentAndItsNeighboursAre) {
   pagemap_.set_swapped(Page(3));
   EXPECT_FALSE(mapper_->is_current(RunOf(Page(3), 1), DmaAddr(0x1003000)));
   EXPECT_THAT(mapper_->figures(), ::testing::Contains(::testing::Pair("moved_pages", 2u)));
+}
+
+// What Create() says in a child process that gave these capabilities up, "" where it says nothing.
+// The child ends without running what belongs to the test program.
+std::string CreateWithout(std::initializer_list<unsigned> capabilities, const std::string& path) {
+  std::array<int, 2> ends = {};
+  MVGPU_CHECK(pipe2(ends.data(), O_CLOEXEC) == 0);
+  UniqueFd from(ends[0]);
+  UniqueFd to(ends[1]);
+  const pid_t child = fork();
+  MVGPU_CHECK(child >= 0);
+  if (child == 0) {
+    __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    std::array<__user_cap_data_struct, 2> sets = {};
+    if (syscall(SYS_capget, &header, sets.data()) != 0) _exit(2);
+    for (const unsigned capability : capabilities) {
+      const uint32_t bit = 1u << capability % 32;
+      sets[capability / 32].effective &= ~bit;
+      sets[capability / 32].permitted &= ~bit;
+      sets[capability / 32].inheritable &= ~bit;
+    }
+    if (syscall(SYS_capset, &header, sets.data()) != 0) _exit(3);
+    const auto mapper = PhysicalMapper::Create(path);
+    const std::string said = mapper ? std::string()
+                                    : fmt::format("{}: {}", ErrorCodeName(mapper.error().code()),
+                                                  mapper.error().message());
+    _exit(write(to.get(), said.data(), said.size()) == static_cast<ssize_t>(said.size()) ? 0 : 4);
+  }
+  to.reset();
+  std::array<char, 1024> said;
+  const ssize_t size = read(from.get(), said.data(), said.size());
+  int status = 0;
+  EXPECT_EQ(waitpid(child, &status, 0), child);
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+  return {said.data(), size > 0 ? static_cast<size_t>(size) : 0};
+}
+
+TEST(PhysicalMapperTest, AProcessWithoutCapSysAdminIsToldSo) {
+  EXPECT_THAT(CreateWithout({CAP_SYS_ADMIN}, "/proc/self/pagemap"),
+              ::testing::AllOf(::testing::StartsWith("permission: "),
+                               ::testing::HasSubstr("CAP_SYS_ADMIN")));
+}
+
+TEST(PhysicalMapperTest, AProcessThatMayNotOpenItsPagemapIsToldSo) {
+  std::string path = ::testing::TempDir() + "pagemap.XXXXXX";
+  const UniqueFd file(mkstemp(path.data()));
+  ASSERT_TRUE(file.is_valid());
+  ASSERT_EQ(fchmod(file.get(), 0), 0);
+  EXPECT_THAT(CreateWithout({CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH}, path),
+              ::testing::AllOf(::testing::StartsWith("permission: "), ::testing::HasSubstr(path),
+                               ::testing::HasSubstr("CAP_SYS_ADMIN")));
+  // What is wrong with another file is not a matter of permission.
+  EXPECT_THAT(CreateWithout({CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH}, path + "/no"),
+              ::testing::StartsWith("system: "));
+  EXPECT_EQ(unlink(path.c_str()), 0);
 }
 
 // Its second look comes when the page has arrived, and there is one.

@@ -13,7 +13,8 @@ using ::testing::ElementsAre;
 
 class DmaRevocationTest : public DmaCacheFixture {};
 
-// GVT-g let the old page go before the hardware's entry was replaced and flushed.
+// GVT-g let the old page go before the hardware's entry was replaced and flushed (kernel-anchors
+// #24).
 TEST_F(DmaRevocationTest, TheOrderIsUserMapperFlushPin) {
   ASSERT_THAT(MapRam(200, 0, 4), IsOk());
   auto use = Use(200, 4);
@@ -31,9 +32,10 @@ TEST_F(DmaRevocationTest, TheOrderIsUserMapperFlushPin) {
     note("flush");
     EXPECT_EQ(mapper_.mapped_pages(), 0u);
   };
+  pins_->on_unpin = [&] { order.push_back("unpin"); };
   UnmapRam(200, 4);
-  mapper_.on_unmap = mapper_.on_flush = nullptr;
-  EXPECT_THAT(order, ElementsAre("user", "unmap", "flush"));
+  mapper_.on_unmap = mapper_.on_flush = pins_->on_unpin = nullptr;
+  EXPECT_THAT(order, ElementsAre("user", "unmap", "flush", "unpin"));
   EXPECT_FALSE(use->is_valid());
   std::vector<std::byte> copy(16);
   EXPECT_THAT(use->read(Iova(BytesIn(200)), copy), FailsWith(ErrorCode::kRevoked));
@@ -77,12 +79,15 @@ TEST_F(DmaRevocationTest, MeanwhileNewHoldsAreRefusedThereAndFineElsewhere) {
   Party other(&*cache_);
   auto use = Use(200, 4);
   auto theirs = UseBy(other, 200, 1);
+  const DmaAddr address = use->runs().front().address;
+  EXPECT_THAT(cache_->iovas_of(address), ElementsAre(Iova(BytesIn(200))));
   DmaMapping moved;
   user_->when_told = [&](IovaRange) {
     EXPECT_THAT(Use(200, 1), FailsWith(ErrorCode::kBusy));
     EXPECT_THAT(UseBy(other, 200, 1), FailsWith(ErrorCode::kBusy));
     EXPECT_THAT(UsePages({202}), FailsWith(ErrorCode::kBusy));
     EXPECT_EQ(cache_->address_of(Iova(BytesIn(200))), std::nullopt);
+    EXPECT_THAT(cache_->iovas_of(address), ElementsAre());
     moved = std::move(*Use(8, 4));
   };
   UnmapRam(200, 4);
@@ -90,7 +95,25 @@ TEST_F(DmaRevocationTest, MeanwhileNewHoldsAreRefusedThereAndFineElsewhere) {
   EXPECT_EQ(Now().cached_pages, 4u);
 }
 
-// KVMGT's holders of a revoked entry found a later one and released that.
+// Of two pages with one address, the other one stays known by it.
+TEST_F(DmaRevocationTest, TheIovasOfAnAddressAreThoseThatHaveIt) {
+  mapper_.addresses = CountingMapper::Addresses::kHost;
+  ASSERT_THAT(MapRam(200, 0, 4), IsOk());  // the same memory as at 0
+  auto low = Use(0, 4);
+  auto high = Use(200, 4);
+  const DmaAddr shared = *cache_->address_of(Iova(BytesIn(1)));
+  int told = 0;
+  user_->when_told = [&](IovaRange) {
+    ++told;
+    EXPECT_EQ(cache_->address_of(Iova(BytesIn(201))), std::nullopt);
+    EXPECT_THAT(cache_->iovas_of(shared), ElementsAre(Iova(BytesIn(1))));
+  };
+  UnmapRam(200, 4);
+  EXPECT_EQ(told, 1);
+  EXPECT_THAT(cache_->iovas_of(shared), ElementsAre(Iova(BytesIn(1))));
+}
+
+// KVMGT's holders of a revoked entry found a later one and released that (kernel-anchors #21).
 TEST_F(DmaRevocationTest, ARevokedUseDoesNotReleaseWhatWasMappedAfterIt) {
   ASSERT_THAT(MapRam(200, 0, 4), IsOk());
   auto old_use = Use(200, 4);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string_view>
@@ -18,6 +19,7 @@ class FakePinBackend final : public domain::PinBackend {
     std::map<std::pair<uint64_t, uint64_t>, int> pages;  // (inode, page) -> pins, never 0
     uint64_t calls = 0;
     uint64_t fail_at_call = 0;  // 1 = the next one; 0 = never
+    std::function<void()> on_unpin;
   };
   explicit FakePinBackend(std::shared_ptr<State> state) : state_(std::move(state)) {}
 
@@ -33,6 +35,7 @@ class FakePinBackend final : public domain::PinBackend {
     return {};
   }
   void unpin(const domain::GuestFile& file, PageRun run) override {
+    if (state_->on_unpin) state_->on_unpin();
     for (uint64_t page = run.first; page < run.end(); ++page) {
       const auto it = state_->pages.find({file.identity().inode, page});
       MVGPU_CHECK(it != state_->pages.end());
