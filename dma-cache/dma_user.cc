@@ -138,8 +138,9 @@ Result<bool> DmaUser::MapBatch(const Batch& batch, std::optional<uint64_t>* epoc
   }
   auto mapped = cache_.HoldPages(this, batch, misses, **epoch);
   if (mapped && *mapped) return mapped;
+  // As the holds of single pages that they are: some may be recent ones.
   ForEachBit(~misses & LowestBits(batch.pages.size()), [&](size_t i) {
-    Release({batch.pages[i].page(), 1}, IsForWrite(batch.direction), **epoch);
+    MVGPU_CHECK(unmap_pages(batch.pages.subspan(i, 1), batch.direction, **epoch).has_value());
   });
   return mapped;
 }

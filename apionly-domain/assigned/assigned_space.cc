@@ -7,16 +7,6 @@
 
 namespace mvgpu::domain {
 
-AssignedSpace::AssignedSpace(std::unique_ptr<AssignedIommu> iommu, Options options)
-    : maps_each_page_(options.maps_each_page),
-      iommu_(std::move(iommu)),
-      iovas_(iommu_->usable_ranges(), iommu_->page_sizes(), options.prefer_below) {}
-
-AssignedSpace::~AssignedSpace() {
-  MutexLock lock(mutex_);
-  MVGPU_CHECK(pieces_.empty() && taken_pages_ == 0);
-}
-
 namespace {
 
 // What would lie in front of the longest run if all of the row were host memory: where the row is
@@ -36,6 +26,16 @@ const std::byte* StartForLongest(std::span<const AssignedSpace::HostRun> runs) {
 }
 
 }  // namespace
+
+AssignedSpace::AssignedSpace(std::unique_ptr<AssignedIommu> iommu, Options options)
+    : maps_each_page_(options.maps_each_page),
+      iommu_(std::move(iommu)),
+      iovas_(iommu_->usable_ranges(), iommu_->page_sizes(), options.prefer_below) {}
+
+AssignedSpace::~AssignedSpace() {
+  MutexLock lock(mutex_);
+  MVGPU_CHECK(pieces_.empty() && taken_pages_ == 0);
+}
 
 Result<IovaRange> AssignedSpace::map(std::span<const HostRun> runs, Access access) {
   uint64_t size = 0;

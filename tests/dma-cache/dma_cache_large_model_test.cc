@@ -41,11 +41,6 @@ constexpr size_t kUsers = 3;
 // was looked at, entered, and found there.
 constexpr int kOften = 2 * 64;
 
-// Whether batches of single pages that are going to be refused are asked for. A refused batch gives
-// back those of its pages that were hits; where these were recent holds, and a run holds the pages
-// too, that ends in a failed check of the counters: DmaUser::MapBatch().
-constexpr bool kBatchesMayBeRefused = false;
-
 long Steps() {
   const char* steps = std::getenv("MVGPU_MODEL_STEPS");
   return (steps != nullptr ? std::atol(steps) : 3000) / 5;
@@ -325,7 +320,6 @@ class Model {
   // False where it was refused, as it had to be.
   void MapPages(Hold* hold, bool* held) {
     *held = false;
-    if (!kBatchesMayBeRefused && WouldBeRefused(*hold)) return;
     const bool for_write = IsForWrite(hold->direction);
     std::vector<Iova> iovas;
     for (const uint64_t page : hold->pages) iovas.push_back(IovaOf(page) + page % kPageSize);
@@ -351,18 +345,6 @@ class Model {
     }
     hold->epoch = *epoch;
     *held = true;
-  }
-  // Not mapped, or more than the limit together with what is held.
-  bool WouldBeRefused(const Hold& hold) const {
-    std::vector<bool> needed(kFilePages);
-    for (uint64_t page = 0; page < kPages; ++page) {
-      if (reference_.at(page).is_held()) needed[reference_.at(page).file_page] = true;
-    }
-    for (const uint64_t page : hold.pages) {
-      if (!IsMapped(page)) return true;
-      needed[reference_.at(page).file_page] = true;
-    }
-    return static_cast<uint64_t>(std::ranges::count(needed, true)) > kind_.pin_limit;
   }
   static std::vector<uint64_t> BatchOf(const Hold& hold, size_t first) {
     const auto at = [&](size_t i) {

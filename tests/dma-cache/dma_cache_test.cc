@@ -296,6 +296,19 @@ TEST_F(DmaCacheTest, AddressesBeyondEveryPackingWork) {
   EXPECT_THAT(cache.iovas_of(DmaAddr(0xffff'ffff'ffff'e234)), ElementsAre(Iova(0x1234)));
 }
 
+TEST_F(DmaCacheTest, ARefusedBatchGivesRecentHoldsBackAsThatAlsoWhereARunHoldsThePage) {
+  ASSERT_THAT(MapRam(1024, 0, 1024), IsOk());
+  const auto first = UsePages({1100});
+  const auto second = UsePages({1100});  // a recent hold from now on
+  auto run = Use(1024, 1024);
+  ASSERT_THAT(Release(*second), IsOk());
+  ASSERT_THAT(Release(*first), IsOk());  // only the run holds it now
+  EXPECT_THAT(UsePages({1100, 5000}), FailsWith(ErrorCode::kNotMapped));
+  EXPECT_EQ(UniquePins(), 1024u);
+  run->reset();
+  EXPECT_EQ(UniquePins(), 0u);
+}
+
 TEST_F(DmaCacheTest, IovasAbove16TiBAndTheLastPageWork) {
   const uint64_t far = uint64_t{1} << 33;
   const uint64_t last = (uint64_t{1} << 52) - 4;
