@@ -5,11 +5,13 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
+#include <charconv>
 #include <cstdint>
 #include <map>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 
 #include "backend/vgpu_config.h"
 
@@ -37,11 +39,14 @@ CLI::Option* AddChoice(CLI::App& app, const std::string& option, T& target,
 template <typename T>
 CLI::Option* AddSize(CLI::App& app, const std::string& option, T& target,
                      const std::string& description) {
-  // CLI11 reads "-1" as 2^64 - 1. Transforms run in the reverse order of their definition.
+  // CLI11 reads "-1" as 2^64 - 1, and so what is larger than that. Transforms run in the reverse
+  // order of their definition.
   return app.add_option(option, target, description)
       ->transform(CLI::AsSizeValue(/*kb_is_1000=*/false).description(""))
       ->transform([](const std::string& text) {
-        if (text.find('-') != std::string::npos) {
+        uint64_t number = 0;
+        const auto read = std::from_chars(text.data(), text.data() + text.size(), number);
+        if (text.find('-') != std::string::npos || read.ec == std::errc::result_out_of_range) {
           throw CLI::ValidationError(fmt::format("'{}' is no size, give for example 8G", text));
         }
         return text;

@@ -51,6 +51,8 @@ class BackendCommandLineTest : public BackendTest {
 TEST_F(BackendCommandLineTest, OptionsThatWouldMeanNothingAreRefused) {
   const std::string path = "--socket-path=" + socket_path();
   EXPECT_THAT(ExpectRefuses({path, "--pin-limit=-4K"}, 2), HasSubstr("'-4K' is no size"));
+  EXPECT_THAT(ExpectRefuses({path, "--pin-limit=18446744073709551616"}, 2),
+              HasSubstr("'18446744073709551616' is no size"));
   EXPECT_THAT(ExpectRefuses({path, "--iommu-group=7"}, 2),
               HasSubstr("--iommu-group=7 means nothing with --dma=none, only with --dma=iommu"));
   EXPECT_THAT(ExpectRefuses({path, "--dma=iommu", "--vulkan-device=x"}, 2),
