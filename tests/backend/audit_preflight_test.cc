@@ -295,7 +295,8 @@ TEST_F(AuditPreflightTest, HostileRequestsAreRefusedInOneLine) {
   refused("--memory=0", "no size of a guest's memory");
   refused("--memory=-1G", "'-1G' is no size");
   refused("--memory=-18446744065119617024", "is no size");  // 8G, were it to wrap around
-  refused("--memory=99999999999999999999G", "overflow");
+  refused("--memory=99999999999999999999G", "is no size");
+  refused("--memory=18446744073709551616", "is no size");  // 2^64
   refused("--memory=17E", "overflow");
   refused("--memory=8P", "give 1 MiB to 4 PiB");
   refused("--memory=1048577", "no whole number of pages");
